@@ -1,0 +1,115 @@
+"""The autograd functions shared by the fused backends.
+
+A fused backend (`backends.Fused`) gives the loss and, in the same pass over hidden, what backward
+needs: hidden itself is kept only where the weight gradient cannot be known in that pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrm import backends
+
+
+def listwise_loss(
+    hidden: Tensor,  # (T, D) or (B, S, D)
+    weight: Tensor,  # (D,) or (1, D)
+    bias: Tensor | None,  # () or (1,)
+    offsets: Tensor,  # (N + 1,)
+    target: Tensor,  # (N,) or (M,)
+    rows: Tensor | None,  # (M,)
+    margin: Tensor | None,  # (M,)
+    group_weight: Tensor | None,  # (N,)
+    num_items: Tensor | None,  # ()
+    temperature: float,
+    label_smoothing: float,
+    center_coef: float,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Loss () or (N,) and detached scores (M,) from a fused backend."""
+    options = (temperature, label_smoothing, center_coef, reduction)
+    groups = (offsets, target, rows, margin, group_weight, num_items)
+    if _wants_grad(hidden, weight, bias):
+        return _ListwiseLoss.apply(hidden, weight, bias, *groups, options, backend)
+    fused = backends.FUSED[backend]
+    return fused.listwise_fwd(hidden, weight, bias, *groups, *options, False, False)[:2]
+
+
+def score(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, backend: str
+) -> Tensor:
+    """Scores (M,) from a fused backend."""
+    if _wants_grad(hidden, weight, bias):
+        return _Score.apply(hidden, weight, bias, rows, backend)
+    return backends.FUSED[backend].score_fwd(hidden, weight, bias, rows)
+
+
+def _wants_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+class _ListwiseLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor,
+        target: Tensor, rows: Tensor | None, margin: Tensor | None, group_weight: Tensor | None,
+        num_items: Tensor | None, options: tuple[float, float, float, str], backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        needs_dweight = ctx.needs_input_grad[1]
+        loss, scores, state = backends.FUSED[backend].listwise_fwd(
+            hidden, weight, bias, offsets, target, rows, margin, group_weight, num_items,
+            *options, True, needs_dweight,
+        )  # fmt: skip
+        # "none" weighs each group by a gradient that comes later, so dweight needs a second read.
+        again = hidden if needs_dweight and options[3] == "none" else None
+        ctx.save_for_backward(weight, bias, rows, again, *state)
+        ctx.mark_non_differentiable(scores)
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        ctx.options, ctx.backend = options, backend
+        return loss, scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, bias, rows, hidden, *state = ctx.saved_tensors
+        grads = backends.FUSED[ctx.backend].listwise_bwd(
+            grad, tuple(state), weight, rows, hidden, ctx.shape, ctx.dtype, ctx.options,
+            *ctx.needs_input_grad[:3],
+        )  # fmt: skip
+        return *_asked(ctx, grads, bias), *(None,) * 8
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None,
+        backend: str,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(hidden, weight, bias, rows)
+        ctx.backend = backend
+        return backends.FUSED[backend].score_fwd(hidden, weight, bias, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, rows = ctx.saved_tensors
+        grads = backends.FUSED[ctx.backend].score_bwd(
+            grad, hidden, weight, rows, *ctx.needs_input_grad[:3]
+        )
+        return *_asked(ctx, grads, bias), None, None
+
+
+def _asked(
+    ctx: Any, grads: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dhidden, dweight, dbias = grads
+    needs = ctx.needs_input_grad
+    if bias is None or not needs[2]:
+        out = None
+    else:
+        out = dbias.reshape(bias.shape).to(bias.dtype)
+    return dhidden if needs[0] else None, dweight if needs[1] else None, out
