@@ -2,6 +2,7 @@
 
 FASTRM_BACKEND    triton | cpp | torch: the backend when a call names none
 FASTRM_BUILD_CPP  auto | 1 | 0: build the C++ kernels when missing (1: an error if that fails)
+XDG_CACHE_HOME    where they are kept once built, in fastrm/ (default ~/.cache)
 FASTRM_CHECK      1: check values on CUDA too, at the price of a synchronisation
 TRITON_INTERPRET  1: Triton's own switch; its kernels then run on the CPU, slowly, for tests
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,6 +21,8 @@ from torch import Tensor
 log = logging.getLogger("fastrm")
 NAMES = ("triton", "cpp", "torch")
 _CHECK_DEVICE_VALUES = os.environ.get("FASTRM_CHECK", "0") == "1"
+# offsets, target, rows, margin, group_weight
+Groups = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 Options = tuple[float, float, float, str]  # temperature, label_smoothing, center_coef, reduction
 
 
@@ -31,20 +36,22 @@ class Fused(Protocol):
     def score_bwd(
         self, grad: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor | None,
         needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+    ) -> Sequence[Tensor]: ...  # fmt: skip
 
     def listwise_fwd(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor,
         target: Tensor, rows: Tensor | None, margin: Tensor | None, group_weight: Tensor | None,
         num_items: Tensor | None, temperature: float, label_smoothing: float, center_coef: float,
         reduction: str, needs_grad: bool, needs_dweight: bool,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]: ...  # fmt: skip
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]: ...  # fmt: skip
+
+    def reads_twice(self, reduction: str, center_coef: float) -> bool: ...
 
     def listwise_bwd(
-        self, grad: Tensor, state: tuple[Tensor, ...], weight: Tensor, rows: Tensor | None,
+        self, grad: Tensor, weight: Tensor, groups: Groups, state: tuple[Tensor, ...],
         hidden: Tensor | None, shape: torch.Size, dtype: torch.dtype, options: Options,
         needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+    ) -> Sequence[Tensor]: ...  # fmt: skip
 
 
 class Status(NamedTuple):
@@ -89,7 +96,7 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_values(device_type: str, backend: str) -> bool:
-    """Whether the caller checks values: the C++ kernels do it themselves, CUDA would have to wait."""
+    """Whether the caller checks values: the C++ kernels do it alone, CUDA would have to wait."""
     if device_type == "cpu":
         return backend != "cpp" and not torch.compiler.is_compiling()
     return _CHECK_DEVICE_VALUES and not torch.compiler.is_compiling()
@@ -138,7 +145,7 @@ def _build_mode() -> str:
 
 
 def _load_triton() -> Fused:
-    from fastrm_kernels.listwise import TritonBackend
+    from fastrm_kernels.backend import TritonBackend
 
     if torch.cuda.is_available() and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability()
@@ -148,7 +155,7 @@ def _load_triton() -> Fused:
 
 
 def _load_cpp() -> Fused:
-    mode = _build_mode()
     from fastrm_csrc.backend import CppBackend
 
-    return CppBackend(may_build=mode != "0")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrm"
+    return CppBackend(_build_mode(), cache)

@@ -40,7 +40,7 @@ def listwise_loss(
 ) -> Any:
     """Listwise softmax cross entropy of a linear head over ragged groups, in one fused pass.
 
-    With scores ``s_i = w·h_i + b``, logits ``z_i = (s_i + margin_i [i not a target]) / temperature``
+    With scores ``s_i = w·h_i + b``, logits ``z_i = (s_i + margin_i [i no target]) / temperature``
     and the target distribution ``q`` of group n (smoothed to ``(1-ε) q + ε/K_n``)::
 
         loss_n = group_weight_n · ( -Σ_i q_i log softmax(z)_i + center_coef · (2 · mean_i s_i)² )

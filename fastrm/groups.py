@@ -60,7 +60,7 @@ def offsets_from_ids(group_ids: Tensor | Sequence[int]) -> Tensor:
 
 def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
     if not isinstance(values, Tensor):
-        values = torch.tensor(values, dtype=torch.int64) if not len(values) else torch.tensor(values)
+        values = torch.tensor(values) if len(values) else torch.tensor([], dtype=torch.int64)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integer, got {values.dtype}")
     if values.dim() != 1:

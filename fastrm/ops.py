@@ -6,6 +6,7 @@ needs: hidden itself is kept only where the weight gradient cannot be known in t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,37 +57,39 @@ def _wants_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 class _ListwiseLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor,
         target: Tensor, rows: Tensor | None, margin: Tensor | None, group_weight: Tensor | None,
         num_items: Tensor | None, options: tuple[float, float, float, str], backend: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         needs_dweight = ctx.needs_input_grad[1]
-        loss, scores, state = backends.FUSED[backend].listwise_fwd(
+        fused = backends.FUSED[backend]
+        loss, scores, state = fused.listwise_fwd(
             hidden, weight, bias, offsets, target, rows, margin, group_weight, num_items,
             *options, True, needs_dweight,
         )  # fmt: skip
-        # "none" weighs each group by a gradient that comes later, so dweight needs a second read.
-        again = hidden if needs_dweight and options[3] == "none" else None
-        ctx.save_for_backward(weight, bias, rows, again, *state)
+        # Where one pass cannot weigh the rows for dweight, backward reads hidden again.
+        again = hidden if needs_dweight and fused.reads_twice(options[3], options[2]) else None
+        groups = (offsets, target, rows, margin, group_weight)
+        ctx.save_for_backward(weight, bias, again, *groups, *state)
         ctx.mark_non_differentiable(scores)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         ctx.options, ctx.backend = options, backend
         return loss, scores
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, bias, rows, hidden, *state = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        weight, bias, hidden, *rest = ctx.saved_tensors
         grads = backends.FUSED[ctx.backend].listwise_bwd(
-            grad, tuple(state), weight, rows, hidden, ctx.shape, ctx.dtype, ctx.options,
-            *ctx.needs_input_grad[:3],
+            grad, weight, tuple(rest[:5]), tuple(rest[5:]), hidden, ctx.shape, ctx.dtype,
+            ctx.options, *ctx.needs_input_grad[:3],
         )  # fmt: skip
         return *_asked(ctx, grads, bias), *(None,) * 8
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None,
         backend: str,
     ) -> Tensor:  # fmt: skip
@@ -95,7 +98,7 @@ class _Score(torch.autograd.Function):
         return backends.FUSED[backend].score_fwd(hidden, weight, bias, rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, rows = ctx.saved_tensors
         grads = backends.FUSED[ctx.backend].score_bwd(
             grad, hidden, weight, rows, *ctx.needs_input_grad[:3]
@@ -104,7 +107,7 @@ class _Score(torch.autograd.Function):
 
 
 def _asked(
-    ctx: Any, grads: tuple[Tensor, Tensor, Tensor], bias: Tensor | None
+    ctx: Any, grads: Sequence[Tensor], bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     dhidden, dweight, dbias = grads
     needs = ctx.needs_input_grad

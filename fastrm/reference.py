@@ -49,7 +49,7 @@ def listwise_loss_ref(
         valid = (size > 0) & (~counted | ((target >= 0) & (target < size)))
     z = scores if margin is None else scores + torch.where(q > 0, 0, margin.to(scores.dtype))
     z = z / temperature
-    q = (1 - label_smoothing) * q + label_smoothing / size[group]
+    q = (1 - label_smoothing) * q + label_smoothing / size[group].to(q.dtype)
     top = z.new_full((N,), -torch.inf).scatter_reduce(0, group, z.detach(), "amax")
     lse = top + total((z - top[group]).exp()).log()
     loss = total(q * (lse[group] - z))

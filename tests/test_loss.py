@@ -1,0 +1,449 @@
+"""The losses on every backend against torch's own cross entropy, group by group, in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import DTYPES, HIDDEN_SIZES, Problem, error, make, problems, ragged_sizes
+
+import fastrm
+from fastrm import backends
+
+# Triton runs in its interpreter where there is no GPU: slow, so it gets fewer and smaller cases.
+CUDA = torch.cuda.is_available()
+TRITON = pytest.param("triton", marks=pytest.mark.gpu) if CUDA else "triton"
+BACKENDS: list[Any] = ["torch", "cpp", TRITON]
+DEVICE = {"torch": "cpu", "cpp": "cpu", "triton": "cuda" if CUDA else "cpu"}
+
+
+def on(p: Problem, backend: str) -> Problem:
+    d = DEVICE[backend]
+    move = {k: v.to(d) if isinstance(v, torch.Tensor) else v for k, v in p.options.items()}
+    bias = None if p.bias is None else p.bias.to(d)
+    return Problem(p.hidden.to(d), p.weight.to(d), bias, p.offsets.to(d), p.target.to(d), move)
+
+
+def check_close(p: Problem, backend: str, tolerance: float) -> None:
+    g = torch.randn(len(p.offsets) - 1, generator=torch.Generator().manual_seed(1))
+    grad = g if p.options.get("reduction") == "none" else None
+    exact = p.oracle(grad)
+    got = on(p, backend).run(backend, None if grad is None else grad.to(DEVICE[backend]))
+    scale = max(float(x.abs().max()) for k, x in exact.items() if k != "scores")
+    for name, x in exact.items():
+        gap = float((got[name].cpu() - x).abs().max())
+        assert gap <= tolerance * max(scale, 1.0), (name, gap, scale)
+    if p.bias is not None and not p.options.get("center_coef"):
+        assert torch.equal(got["dbias"].cpu(), torch.zeros_like(p.bias))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_option_matches_cross_entropy(backend: str) -> None:
+    @settings(max_examples=25 if backend == "triton" else 250, deadline=None, database=None)
+    @given(problems(8, 20, 40) if backend == "triton" else problems())
+    def check(p: Problem) -> None:
+        check_close(p, backend, 1e-10)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["ones", "pairs", "giant", "uniform", "zipf"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_raggedness(backend: str, kind: str) -> None:
+    M = 400 if DEVICE[backend] == "cpu" and backend == "triton" else 20_000
+    sizes = ragged_sizes(kind, M, torch.Generator().manual_seed(3))
+    check_close(make(sizes, 33, temperature=0.7, margin=True), backend, 1e-9)
+
+
+ALLOWED = {"loss": 2, "scores": 2, "dhidden": 3, "dweight": 3}
+
+
+def budget_cases() -> list[Any]:
+    out = []
+    for backend in ("cpp", "triton"):
+        for dtype in DTYPES:
+            for D in HIDDEN_SIZES:
+                interpreted = backend == "triton" and not CUDA
+                if interpreted and D > 4096 and dtype != "bf16":
+                    continue  # minutes in the interpreter; other sizes cover these dtypes
+                marks = [pytest.mark.gpu] if DEVICE[backend] == "cuda" else []
+                name = f"{backend}-{dtype}-{D}"
+                out.append(pytest.param(backend, dtype, D, id=name, marks=marks))
+    return out
+
+
+@pytest.mark.parametrize(("backend", "dtype", "D"), budget_cases())
+def test_error_budget(backend: str, dtype: str, D: int) -> None:
+    """Losses within 2x, gradients within 3x the error of eager PyTorch in the same dtype.
+
+    The errors are those of vectors, added up in squares over several raggednesses: the rounding
+    of one number can be as lucky as it likes.
+    """
+    interpreted = backend == "triton" and DEVICE[backend] == "cpu"
+    M = max(8, min(64, 40_000 // D)) if interpreted else max(64, min(4000, 500_000 // D))
+    eager, fused = dict.fromkeys(ALLOWED, 0.0), dict.fromkeys(ALLOWED, 0.0)
+    for kind in ("uniform",) if interpreted else ("uniform", "zipf", "giant", "pairs"):
+        sizes = ragged_sizes(kind, M, torch.Generator().manual_seed(D))
+        p = make(sizes, D, seed=D, scale=2.0).to(DTYPES[dtype])
+        for reduction, names in (("mean", ("dhidden", "dweight")), ("none", ("loss", "scores"))):
+            p.options["reduction"] = reduction
+            exact, ours = p.oracle(), on(p, backend).run(backend)
+            theirs = p.run("torch")
+            for name in names:
+                assert ours[name].dtype == theirs[name].dtype
+                eager[name] += error(theirs[name], exact[name]) ** 2
+                fused[name] += error(ours[name].cpu(), exact[name]) ** 2
+    for name, times in ALLOWED.items():
+        stored = DTYPES[dtype] if name.startswith("d") else ours[name].dtype
+        # One unit in the last place is right; and for fp64 the oracle is no better than that.
+        unit = 1e-13 if dtype == "fp64" else torch.finfo(stored).eps
+        assert fused[name] ** 0.5 <= max(times * eager[name] ** 0.5, unit), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_extreme_scores_keep_fp32_accuracy(backend: str, scale: float) -> None:
+    """Scores of ±1e4 and a shift of 1e4: no overflow, and p from differences, not from exp(lse)."""
+    p = make([3, 9, 2, 1, 40], 64, scale=scale).to(torch.float32)
+    p.weight.mul_(64).round_().div_(64)
+    p.hidden.mul_(16).round_().div_(16)  # so that the scores themselves are exact
+    exact, got = p.oracle(), on(p, backend).run(backend)
+    assert error(got["loss"].cpu(), exact["loss"]) < 1e-5
+    assert error(got["dhidden"].cpu(), exact["dhidden"]) < 1e-5 * max(1, scale / 1e2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_gradcheck(backend: str, reduction: str, soft: bool) -> None:
+    p = on(make([1, 4, 2], 5, soft=soft, gathered=True, center_coef=0.3, margin=True), backend)
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return fastrm.listwise_loss(
+            hidden, weight, bias, offsets=p.offsets, target=p.target, reduction=reduction,
+            backend=backend, **p.options,
+        )  # fmt: skip
+
+    leaves = [x.requires_grad_() for x in (p.hidden, p.weight, p.bias) if x is not None]
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_score_is_differentiable_and_unrounded(backend: str) -> None:
+    d = DEVICE[backend]
+    p = on(make([4, 3], 50, gathered=True).to(torch.bfloat16), backend)
+    rows = p.options["rows"]
+    scores = fastrm.score(p.hidden, p.weight, p.bias, rows=rows, backend=backend)
+    exact = p.hidden.double().reshape(-1, 50)[rows] @ p.weight.double() + p.bias.double()
+    assert scores.dtype == torch.float32 and error(scores.cpu(), exact.cpu()) < 1e-6
+    h = torch.randn(9, 5, dtype=torch.float64, device=d, requires_grad=True)
+    w = torch.randn(1, 5, dtype=torch.float64, device=d, requires_grad=True)
+    b = torch.randn(1, dtype=torch.float64, device=d, requires_grad=True)
+    picked = torch.tensor([7, 0, 3], device=d)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: fastrm.score(h, w, b, rows=picked, backend=backend), (h, w, b)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_from_scores_equals_the_head(backend: str) -> None:
+    p = on(make([3, 1, 6], 8, margin=True, temperature=0.5, label_smoothing=0.1), backend)
+    whole = p.run(backend)
+    scores = whole["scores"].clone().requires_grad_()
+    loss = fastrm.listwise_loss_from_scores(
+        scores, offsets=p.offsets, target=p.target, backend=backend, **p.options
+    )
+    torch.testing.assert_close(loss, whole["loss"], rtol=1e-12, atol=1e-12)
+    (dscores,) = torch.autograd.grad(loss, scores, torch.full_like(loss, 1.5))
+    torch.testing.assert_close(dscores @ p.hidden, whole["dweight"], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pairs_are_the_trl_loss(backend: str) -> None:
+    """mean(-logσ(rc - rr - m)) + c·mean((rc + rr)²), as TRL's RewardTrainer states it."""
+    g = torch.Generator().manual_seed(0)
+    chosen, rejected, m = (torch.randn(40, generator=g, dtype=torch.float64) for _ in range(3))
+    exact = -F.logsigmoid(chosen - rejected - m).mean() + 0.01 * ((chosen + rejected) ** 2).mean()
+    d = DEVICE[backend]
+    got = fastrm.listwise_loss_from_scores(
+        torch.stack([chosen, rejected], 1).flatten().to(d), center_coef=0.01, backend=backend,
+        offsets=torch.arange(0, 81, 2, device=d), margin=m.repeat_interleave(2).to(d),
+        target=torch.zeros(40, dtype=torch.int64, device=d),
+    )  # fmt: skip
+    assert abs(float(got) - float(exact)) < 1e-12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_that_count_for_nothing(backend: str) -> None:
+    d = DEVICE[backend]
+    # One candidate: loss 0, and it counts.
+    p = on(make([1, 3], 4), backend)
+    alone = on(Problem(p.hidden[1:], p.weight, p.bias, torch.tensor([0, 3]), p.target[1:]), backend)
+    torch.testing.assert_close(p.run(backend)["loss"] * 2, alone.run(backend)["loss"])
+    # Every group left out, and no group at all: 0 and zero gradients, so that a rank takes part.
+    p.target = torch.full_like(p.target, -100)
+    none = Problem(p.hidden[:0], p.weight, p.bias, torch.tensor([0], device=d), p.target[:0])
+    rows = torch.tensor([], dtype=torch.int64, device=d)
+    unread = Problem(p.hidden, p.weight, p.bias, none.offsets, none.target, {"rows": rows})
+    for q in (p, none, unread):
+        got = q.run(backend)
+        assert got["loss"].shape == () and float(got["loss"]) == 0
+        assert got["dhidden"].shape == q.hidden.shape
+        assert not any(got[k].any() for k in ("dhidden", "dweight", "dbias"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["columns", "expanded", "sliced", "batch_strided"])
+def test_strides(backend: str, layout: str) -> None:
+    p = make([4, 1, 7], 24)
+    h = {
+        "columns": torch.randn(24, 12, dtype=torch.float64).t(),
+        "expanded": torch.randn(1, 24, dtype=torch.float64).expand(12, 24),
+        "sliced": torch.randn(12, 60, dtype=torch.float64)[:, 7:31],
+        "batch_strided": torch.randn(3, 9, 24, dtype=torch.float64)[:, 2:6],
+    }[layout]
+    p.hidden = h
+    check_close(p, backend, 1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_gradients_asked_for(backend: str) -> None:
+    p = on(make([3, 2], 6), backend)
+    kw: dict[str, Any] = dict(offsets=p.offsets, target=p.target, backend=backend)
+    full = p.run(backend)
+    for i, name in enumerate(("dhidden", "dweight", "dbias")):
+        leaves = [p.hidden.detach(), p.weight.detach(), p.bias.detach()]  # type: ignore[union-attr]
+        leaves[i].requires_grad_()
+        fastrm.listwise_loss(*leaves, **kw).mul(1.5).backward()
+        torch.testing.assert_close(leaves[i].grad, full[name])
+        assert all(x.grad is None for j, x in enumerate(leaves) if j != i)
+    with torch.no_grad():
+        loss = fastrm.listwise_loss(p.hidden.requires_grad_(), p.weight, **kw)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_hidden_is_not_saved(backend: str) -> None:
+    """What forward keeps for backward is a few numbers a candidate and a group, and D-vectors."""
+    p = on(make([4] * 64, 96).to(torch.float32), backend)
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    hidden = p.hidden.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = fastrm.listwise_loss(
+            hidden, p.weight.requires_grad_(), offsets=p.offsets, target=p.target, backend=backend
+        )
+    assert hidden.untyped_storage().data_ptr() not in kept
+    M, N, D = 256, 64, 96
+    small = 4 * D + 8 * (N + 1) + 8 * N  # weight, offsets, target
+    if backend == "cpp":
+        assert sum(kept.values()) <= 4 * M + 4 * D + small
+    else:
+        G = kept and -(-M // 16)  # programs of the smallest grid
+        assert sum(kept.values()) <= 4 * M + 8 * N + G * (12 * D + 44 + 24) + 4 + small
+    loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_dtypes_and_autocast(backend: str) -> None:
+    """A bf16 backbone under an fp32 head: exact in the head; autocast changes no bit."""
+    p = on(make([3, 5, 2], 48, seed=4), backend)
+    hidden = p.hidden.to(torch.bfloat16).requires_grad_()
+    weight, bias = p.weight.float()[None].requires_grad_(), p.bias.float()[None].requires_grad_()  # type: ignore[union-attr]
+    kw: dict[str, Any] = dict(offsets=p.offsets, target=p.target, backend=backend)
+    loss = fastrm.listwise_loss(hidden, weight, bias, **kw)
+    loss.backward()
+    assert loss.dtype == torch.float32 and hidden.grad is not None and weight.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+    assert weight.grad.dtype == torch.float32 and weight.grad.shape == (1, 48)
+    exact = Problem(hidden.detach(), weight.detach(), bias.detach(), p.offsets, p.target).oracle()
+    assert error(loss.detach().cpu(), exact["loss"].cpu()) < 1e-6
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
+        assert torch.equal(fastrm.listwise_loss(hidden, weight, bias, **kw), loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_index_dtypes(backend: str, dtype: torch.dtype) -> None:
+    p = on(make([3, 5, 2], 7, gathered=True), backend)
+    expected = p.run(backend)
+    p.offsets, p.target = p.offsets.to(dtype), p.target.to(torch.int8)
+    p.options["rows"] = p.options["rows"].to(torch.uint8)
+    got = p.run(backend)
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "offsets fall": {"offsets": [0, 70, 30, 100]},
+    "offsets huge": {"offsets": [0, 2**40, 2**50, 100]},
+    "offsets negative": {"offsets": [0, -5, -3, 100]},
+    "offsets short": {"offsets": [0, 3, 9, 50]},
+    "target high": {"target": [0, 40, 2**40]},
+    "target low": {"target": [-1, 0, 1]},
+    "rows out": {"rows": [*range(99), 2**40]},
+    "rows negative": {"rows": [*range(99), -7]},
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("bad", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("D", [16, 300])
+def test_unchecked_hostile_input_gives_nan(bad: dict[str, Any], D: int, reduction: str) -> None:
+    """On a device nothing checks values: the kernels alone keep bad ones harmless and visible."""
+    device = DEVICE["triton"]
+    p = on(make([10, 30, 60], D).to(torch.float32), "triton")
+    backends.choose(device, "triton")
+    x = {k: torch.tensor(v, device=device) for k, v in bad.items()}
+    groups = (x.get("offsets", p.offsets), x.get("target", p.target), x.get("rows"), None, None)
+    triton = backends.FUSED["triton"]
+    loss, scores, state = triton.listwise_fwd(
+        p.hidden, p.weight, p.bias, *groups, None, 1.0, 0.0, 0.0, reduction, True, True
+    )
+    assert loss.isnan().any()
+    dhidden, dweight, _ = triton.listwise_bwd(
+        torch.ones_like(loss), p.weight, groups, state, p.hidden, p.hidden.shape, torch.float32,
+        (1.0, 0.0, 0.0, reduction), True, True, False,
+    )
+    assert dhidden.isnan().any() and dweight.isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_every_run(backend: str) -> None:
+    sizes = ragged_sizes("zipf", 300, torch.Generator().manual_seed(9))
+    p = on(make(sizes, 130, gathered=True).to(torch.bfloat16), backend)
+    first = p.run(backend)
+    for _ in range(3):
+        again = p.run(backend)
+        assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_same_bits_for_any_thread_count() -> None:
+    sizes = ragged_sizes("zipf", 6000, torch.Generator().manual_seed(9))
+    p = make(sizes, 384).to(torch.bfloat16)
+    before, first = torch.get_num_threads(), None
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            got = p.run("cpp")
+            first = first or got
+            assert all(torch.equal(first[k], got[k]) for k in first), threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_once_for_every_raggedness(backend: str) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled_at_first = 0
+
+    def loss(hidden: Any, weight: Any, bias: Any, offsets: Any, target: Any) -> torch.Tensor:
+        return fastrm.listwise_loss(
+            hidden, weight, bias, offsets=offsets, target=target, backend=backend
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        sizes = ragged_sizes("uniform", 40 + 13 * seed, g)
+        p = on(make(sizes, 32, seed=seed).to(torch.float32), backend)
+        expected = p.run(backend)
+        leaves = p._leaves()
+        out = compiled(*leaves, p.offsets, p.target)
+        grads = torch.autograd.grad(out, leaves, torch.full_like(out, 1.5))
+        got = [out, *grads]
+        for name, x in zip(("loss", "dhidden", "dweight", "dbias"), got, strict=True):
+            assert torch.equal(x, expected[name]), name
+        compiled_at_first = compiled_at_first or counter.frame_count
+    assert counter.frame_count == compiled_at_first
+
+
+BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("hidden list", {"hidden": [[1.0]]}, TypeError, "hidden must be a torch.Tensor, got list"),
+    ("hidden int", {"hidden": torch.ones(5, 4, dtype=torch.int64)}, TypeError, "hidden .*int64"),
+    ("hidden 1-d", {"hidden": torch.ones(5)}, ValueError, r"hidden must have shape .*\(5,\)"),
+    ("weight size", {"weight": torch.ones(3)}, ValueError, r"weight must have shape \(4,\)"),
+    ("bias size", {"bias": torch.ones(2)}, ValueError, r"bias must have shape \(\) or \(1,\)"),
+    ("offsets list", {"offsets": [0, 2, 5]}, TypeError, "offsets must be a torch.Tensor"),
+    ("offsets float", {"offsets": torch.tensor([0.0, 5])}, TypeError, "offsets .*float32"),
+    ("offsets empty", {"offsets": torch.tensor([], dtype=torch.int64)}, ValueError, "offsets must"),
+    ("offsets start", {"offsets": torch.tensor([1, 2, 5])}, ValueError, r"offsets\[0\] must be 0"),
+    ("offsets end", {"offsets": torch.tensor([0, 2, 4])}, ValueError, r"offsets\[2\] must be 5"),
+    ("offsets beyond", {"offsets": torch.tensor([0, 2, 9])}, ValueError, r"offsets\[2\] must be 5"),
+    ("group empty", {"offsets": torch.tensor([0, 5, 5])}, ValueError, r"offsets\[1\] is 5"),
+    ("offsets fall", {"offsets": torch.tensor([0, 7, 5])}, ValueError, r"offsets\[2\] is 5"),
+    ("target high", {"target": torch.tensor([0, 3])}, ValueError, r"target\[1\] must be from 0"),
+    ("target low", {"target": torch.tensor([-1, 0])}, ValueError, r"target\[0\] must .* got -1"),
+    ("target size", {"target": torch.tensor([0])}, ValueError, r"target must have shape \(2,\)"),
+    ("target bool", {"target": torch.tensor([True, False])}, TypeError, "target must have dtype"),
+    ("soft size", {"target": torch.ones(2)}, ValueError, r"target must have shape \(5,\)"),
+    ("soft sum", {"target": torch.tensor([0.5, 0.5, 1, 1, 0])}, ValueError, "group 1 sums to 2"),
+    ("soft sign", {"target": torch.tensor([1.5, -0.5, 1, 0, 0])}, ValueError, r"target\[1\] must"),
+    ("soft nan", {"target": torch.tensor([1, 0, 1, math.nan, 0])}, ValueError, r"target\[3\] must"),
+    ("rows high", {"rows": torch.tensor([0, 1, 2, 3, 5])}, ValueError, r"rows\[4\] must be from 0"),
+    ("rows low", {"rows": torch.tensor([0, -1, 2, 3, 4])}, ValueError, r"rows\[1\] must .*got -1"),
+    ("rows twice", {"rows": torch.tensor([0, 1, 2, 1, 4])}, ValueError, r"rows\[1\] and rows\[3\]"),
+    ("rows float", {"rows": torch.arange(5.0)}, TypeError, "rows must have dtype"),
+    ("margin size", {"margin": torch.ones(2)}, ValueError, r"margin must have shape \(5,\)"),
+    ("margin inf", {"margin": torch.full((5,), math.inf)}, ValueError, r"margin\[0\] must be fin"),
+    ("weights size", {"group_weight": torch.ones(5)}, ValueError, r"group_weight .*\(2,\)"),
+    ("weights nan", {"group_weight": torch.tensor([1, math.nan])}, ValueError, r"weight\[1\]"),
+    ("temperature", {"temperature": 0.0}, ValueError, "temperature must be .* above 0"),
+    ("smoothing", {"label_smoothing": 1.5}, ValueError, "label_smoothing must be .* 0 to 1"),
+    ("centring", {"center_coef": -1.0}, ValueError, "center_coef must be"),
+    ("reduction", {"reduction": "avg"}, ValueError, 'reduction must be "mean", "sum" or "none"'),
+    ("items zero", {"num_items_in_batch": 0}, ValueError, "num_items_in_batch must be at least 1"),
+    ("items type", {"num_items_in_batch": 1.5}, TypeError, "num_items_in_batch must be an int"),
+    ("items value", {"num_items_in_batch": torch.tensor(0)}, ValueError, "num_items_in_batch must"),
+    ("backend", {"backend": "cuda"}, ValueError, 'backend must be "triton", "cpp", "torch"'),
+]
+
+
+@pytest.mark.parametrize(("bad", "kind", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_input_names_the_argument(
+    backend: str, bad: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    args: dict[str, Any] = dict(
+        hidden=torch.ones(5, 4), weight=torch.ones(4), offsets=torch.tensor([0, 2, 5]),
+        target=torch.tensor([0, 1]), backend=backend,
+    )  # fmt: skip
+    args |= bad
+    hidden, weight = args.pop("hidden"), args.pop("weight")
+    if DEVICE[backend] == "cuda":
+        pytest.skip("values are checked on CPU; test_gpu.py covers CUDA")
+    with pytest.raises(kind, match=message):
+        fastrm.listwise_loss(hidden, weight, args.pop("bias", None), **args)
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(st.lists(st.integers(1, 9), max_size=30))
+def test_offsets_helpers_agree(sizes: list[int]) -> None:
+    offsets = fastrm.offsets_from_sizes(sizes)
+    assert offsets.tolist() == [sum(sizes[:n]) for n in range(len(sizes) + 1)]
+    ids = [7 * n for n, k in enumerate(sizes) for _ in range(k)]
+    assert torch.equal(fastrm.offsets_from_ids(ids), offsets)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fastrm.offsets_from_sizes([2, 0, 1]), r"sizes\[1\] is 0"),
+        (lambda: fastrm.offsets_from_sizes(torch.ones(2, 2, dtype=torch.int64)), "one-dimensional"),
+        (lambda: fastrm.offsets_from_ids([4, 4, 1, 4]), "id 4 in separate places"),
+    ],
+)
+def test_offsets_helpers_refuse(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
