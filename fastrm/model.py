@@ -1,0 +1,248 @@
+"""Reward models: ordinary Hugging Face sequence classifiers whose scalar head can be the loss.
+
+Letters: N groups, M candidates, B x S tokens, T = B·S rows of hidden, D hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import cached_file
+
+from fastrm.functional import listwise_loss, score
+
+GROUP_KEYS = ("offsets", "target", "margin", "group_weight")  # of a batch, besides `rows`
+_WHERE = ("revision", "subfolder", "token", "cache_dir")  # arguments that say which file
+
+
+@dataclass
+class HeadResult:
+    """What the head computed inside `listwise` or `scoring`."""
+
+    scores: Tensor = field(init=False)  # (M,) fp32
+    loss: Tensor = field(init=False)  # () or (N,), not by `scoring`
+
+
+class RewardHead(nn.Linear):
+    """The scalar head of a reward model: `nn.Linear(D, 1)` with fp32 scores.
+
+    Inside ``with head.listwise(batch) as result:`` its forward is the fused loss over the
+    candidates' rows instead, and the model's own forward, wrapped in whatever way, carries the loss
+    out as its logits. So the head never runs over all tokens and no model needs code of its own.
+    """
+
+    _instead: Callable[[Tensor], Tensor] | None = None
+
+    @contextmanager
+    def listwise(self, batch: Mapping[str, Tensor], **options: Any) -> Iterator[HeadResult]:
+        """Inside, a forward gives a tensor full of the loss of `batch`, and fills the result.
+
+        Args:
+            batch: offsets, target, and where there are any rows, margin, group_weight.
+            options: further arguments of `fastrm.listwise_loss`.
+        """
+        result = HeadResult()
+        options.update({k: batch[k] for k in GROUP_KEYS if k in batch})
+
+        def forward(hidden: Tensor) -> Tensor:
+            result.loss, result.scores = listwise_loss(
+                hidden, self.weight, self.bias, rows=_rows(hidden, batch), return_scores=True,
+                **options,
+            )  # fmt: skip
+            return result.loss.sum().expand(*hidden.shape[:-1], 1)
+
+        with self._replaced_by(forward):
+            yield result
+
+    @contextmanager
+    def scoring(self, batch: Mapping[str, Tensor]) -> Iterator[HeadResult]:
+        """Inside, a forward fills the result's scores; what it returns means nothing."""
+        result = HeadResult()
+
+        def forward(hidden: Tensor) -> Tensor:
+            result.scores = score(hidden, self.weight, self.bias, rows=_rows(hidden, batch))
+            return result.scores.sum().expand(*hidden.shape[:-1], 1)
+
+        with self._replaced_by(forward):
+            yield result
+
+    @contextmanager
+    def _replaced_by(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        self._instead = forward
+        try:
+            yield
+        finally:
+            self._instead = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self._instead is not None:
+            return self._instead(hidden)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(dtype), self.weight.to(dtype), bias)
+
+
+def _rows(hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
+    if hidden.dim() == 2:  # the model pooled, one row a candidate
+        return None
+    if "rows" not in batch:
+        raise ValueError("batch must have 'rows': this model's head reads every token")
+    return batch["rows"]
+
+
+def attach_head(model: nn.Module) -> RewardHead:
+    """Make the model's scalar linear layer a `RewardHead` that has the same parameters, in fp32.
+
+    Raises:
+        ValueError: the model has no such layer, or several.
+    """
+    found = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m.out_features == 1 and "original_module" not in name
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"model must have one linear layer with a single output (num_labels=1), but "
+            f"{type(model).__name__} has {len(found)}"
+        )
+    name, linear = found[0]
+    if isinstance(linear, RewardHead):
+        return linear
+    head = RewardHead(linear.in_features, 1, bias=linear.bias is not None, device="meta")
+    head.weight, head.bias = linear.weight, linear.bias
+    for p in head.parameters():
+        p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+    head.train(linear.training)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, head)
+    return head
+
+
+def load_reward_model(
+    name_or_path: str,
+    *,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype = "float32",
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A pretrained backbone with a scalar head, as an ordinary sequence classifier.
+
+    A checkpoint without a head gets one drawn with standard deviation 1/sqrt(D + 1) and bias 0. The
+    head is fp32 whatever the backbone is, and so are the scores.
+
+    Args:
+        name_or_path: of a causal model, an encoder or a reward model.
+        tokenizer: its tokenizer; None loads the one that lies beside the model. Its padding token
+            is set where needed, see `set_pad_token`.
+        dtype: of the backbone; "auto" takes the checkpoint's. Training in bf16 without fp32 weights
+            loses small updates: prefer fp32 here and autocast (`RewardConfig(bf16=True)`).
+        kwargs: for `AutoModelForSequenceClassification.from_pretrained`.
+    """
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        name_or_path, num_labels=1, dtype=dtype, output_loading_info=True, **kwargs
+    )
+    head = attach_head(model)
+    name = next(n for n, p in model.named_parameters() if p is head.weight)
+    is_new = name in info["missing_keys"]
+    if is_new:
+        with torch.no_grad():
+            head.weight.normal_(std=(head.in_features + 1) ** -0.5)
+            if head.bias is not None:
+                head.bias.zero_()
+    elif model.dtype not in (torch.float32, torch.float64):
+        where = {k: kwargs[k] for k in _WHERE if k in kwargs}
+        _reload_head(head, name.removesuffix("weight"), name_or_path, **where)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(name_or_path)
+    set_pad_token(model, tokenizer, keep=not is_new)
+    return model
+
+
+def _reload_head(head: RewardHead, prefix: str, name_or_path: str, **where: Any) -> None:
+    """Take the head from the checkpoint again: it was rounded to the backbone's dtype."""
+    try:
+        index = cached_file(name_or_path, "model.safetensors.index.json", **where)
+        files = json.loads(Path(str(index)).read_text())["weight_map"]
+    except OSError:  # one file
+        files = {}
+    for name, p in head.named_parameters():
+        file = cached_file(name_or_path, files.get(prefix + name, "model.safetensors"), **where)
+        with safe_open(str(file), "pt") as tensors, torch.no_grad():
+            p.copy_(tensors.get_tensor(prefix + name))
+
+
+def set_pad_token(model: PreTrainedModel, tokenizer: Any, keep: bool = True) -> None:
+    """Give model and tokenizer the same padding token, one that no text ends in.
+
+    Hugging Face decoders pool the last token that is not padding, so where padding is EOS they
+    would miss an EOS at the end. Here that is another token wherever the vocabulary has one that
+    texts do not use; otherwise no EOS is appended (`fastrm.data.tokenize_row`).
+
+    Args:
+        model: its config is changed.
+        tokenizer: changed too.
+        keep: whether a padding token that the model already has stays, as a trained one's must.
+    """
+    config, text = model.config, model.config.get_text_config()
+    if keep and text.pad_token_id is not None:
+        token = tokenizer.convert_ids_to_tokens(text.pad_token_id)
+    else:
+        token = _unused_token(tokenizer)
+    if token is None:
+        raise ValueError(f"tokenizer must have a padding, unknown or EOS token; "
+                         f"{type(tokenizer).__name__} has none")  # fmt: skip
+    if tokenizer.pad_token != token:
+        tokenizer.pad_token = token
+    config.pad_token_id = text.pad_token_id = tokenizer.pad_token_id
+
+
+def _unused_token(tokenizer: Any) -> str | None:
+    taken = (None, tokenizer.eos_token, tokenizer.bos_token)
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    named = [t for word in ("pad", "reserved", "unused") for t in special if word in t.lower()]
+    for token in (tokenizer.pad_token, *named, tokenizer.unk_token):
+        if token not in taken:
+            return token
+    return tokenizer.pad_token or tokenizer.eos_token
+
+
+def is_encoder(model: PreTrainedModel) -> bool:
+    """Whether the model pools by itself and reads pairs; a decoder is read at its last token."""
+    kind = type(model.config)
+    return model.config.is_encoder_decoder or (
+        kind not in MODEL_FOR_CAUSAL_LM_MAPPING or kind in MODEL_FOR_MASKED_LM_MAPPING
+    )
+
+
+def token_limit(model: PreTrainedModel, tokenizer: Any, max_length: int | None) -> int | None:
+    """The smallest of `max_length` and what the model and its tokenizer can read."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = [n for n in (max_length, positions, tokenizer.model_max_length) if n and n > 0]
+    return min(limits, default=None)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of this model to 0; its config keeps them."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,421 @@
+"""The trainer: `transformers.Trainer` with ragged groups, the fused loss and exact accounting.
+
+Letters: N groups, M candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import IntervalStrategy
+
+from fastrm import backends
+from fastrm.data import Examples, RaggedCollator, check_rows, tokenize_rows
+from fastrm.model import (
+    GROUP_KEYS,
+    attach_head,
+    disable_dropout,
+    is_encoder,
+    load_reward_model,
+    set_pad_token,
+    token_limit,
+)
+
+log = logging.getLogger("fastrm")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class RewardConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with the options of the listwise loss.
+
+    Batch sizes count groups, each with all its candidates.
+    """
+
+    max_length: int | None = _option(
+        1024,
+        "Most tokens of a prompt with one candidate. A longer prompt is cut at its left; a group "
+        "with a candidate that does not fit even so is left out. Never more than the model reads.",
+    )
+    temperature: float = _option(1.0, "Divides the rewards in the softmax of the loss.")
+    center_rewards_coefficient: float | None = _option(
+        None, "Weight of the term that keeps each group's mean reward near 0, such as 0.01."
+    )
+    disable_dropout: bool = _option(True, "Train without the model's dropout.")
+    model_dtype: str = _option(
+        "float32",
+        "Dtype of the backbone's weights when `model` is a path: float32, bfloat16, float16, or "
+        "auto for the checkpoint's. The head is always float32.",
+    )
+    backend: str | None = _option(
+        None, "Who computes the loss: triton, cpp or torch. Not given: the fastest that runs here."
+    )
+    early_stopping_patience: int | None = _option(
+        None,
+        "Stop when this many evaluations in a row (without an evaluation set: logs of the training "
+        "loss) bring no improvement. With a large num_train_epochs: train until convergence.",
+    )
+    early_stopping_threshold: float = _option(
+        0.0, "Improvements up to this size do not count for early stopping."
+    )
+
+    num_train_epochs: float = _option(1.0, "Passes over the training groups.")
+    learning_rate: float = _option(2e-5, "Peak learning rate of AdamW.")
+    warmup_steps: float = _option(
+        0.05, "Steps of linear warmup; below 1, a share of all optimiser steps."
+    )
+    per_device_train_batch_size: int = _option(
+        8, "GROUPS per device and forward pass in training, each with all its candidates."
+    )
+    per_device_eval_batch_size: int = _option(8, "GROUPS per device in evaluation.")
+    label_smoothing_factor: float = _option(
+        0.0, "Share of the target that is spread evenly over each group's candidates, 0 to 1."
+    )
+    logging_steps: float = _option(10, "Steps between logs; below 1, a share of all steps.")
+    logging_first_step: bool = _option(True, "Log after the first step too.")
+    logging_nan_inf_filter: bool = _option(
+        False, "Hide NaN and infinite losses from the logs, which waits for the device every step."
+    )
+    eval_strategy: IntervalStrategy | str = _option(
+        "epoch", "When to evaluate: no, steps or epoch. Without an evaluation set: never."
+    )
+    remove_unused_columns: bool = _option(
+        False, "Must be False: the loss reads columns that the model does not."
+    )
+    dataloader_pin_memory: bool = _option(
+        torch.cuda.is_available(), "Pin batches in memory for faster copies to the device."
+    )
+
+    def __post_init__(self) -> None:
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        def need(fits: bool, name: str, expected: str) -> None:
+            if not fits:
+                raise ValueError(f"{name} must {expected}, got {getattr(self, name)!r}")
+
+        need(self.max_length is None or self.max_length > 0, "max_length", "be above 0")
+        need(0 < self.temperature < float("inf"), "temperature", "be a finite number above 0")
+        center = self.center_rewards_coefficient
+        need(center is None or 0 <= center < float("inf"), "center_rewards_coefficient",
+             "be a finite number, 0 or more")  # fmt: skip
+        need(0 <= self.label_smoothing_factor <= 1, "label_smoothing_factor", "be from 0 to 1")
+        need(self.backend in (None, *backends.NAMES), "backend",
+             f"be one of {', '.join(backends.NAMES)}")  # fmt: skip
+        need(self.early_stopping_patience is None or self.early_stopping_patience > 0,
+             "early_stopping_patience", "be above 0")  # fmt: skip
+        need(self.early_stopping_threshold >= 0, "early_stopping_threshold", "be 0 or more")
+        need(not self.remove_unused_columns, "remove_unused_columns",
+             "be False, because the loss reads columns that the model does not")  # fmt: skip
+        need(self.train_sampling_strategy in ("random", "sequential"), "train_sampling_strategy",
+             "be random or sequential, because groups have no single length")  # fmt: skip
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            need(not getattr(self, name), name, "be False, because it rounds the trained weights")
+        if getattr(self.accelerator_config, "dispatch_batches", None):
+            raise ValueError("accelerator_config.dispatch_batches must not be set, because it "
+                             "cuts batches by rows and groups are ragged")  # fmt: skip
+
+
+class RewardTrainer(Trainer):
+    """Trains a reward model or reranker on ragged groups of candidates.
+
+    The gradient of an optimiser step is that of the sum over all its groups divided by their
+    number, however they were cut into micro-batches and devices. Logs carry, over exactly the
+    groups since the last log (and with `eval_` over the evaluation set): loss, accuracy (1 divided
+    by the number of candidates that tie for the top, 0 if the best is not among them, as in
+    RewardBench 2), margin (best minus the highest other reward), reward (mean over candidates) and
+    p_best (mean probability of the best). They come from the scores of the loss's own forward.
+
+    Args:
+        model: a sequence classifier with one label, or the name or path of a pretrained model.
+            The head of a model that is passed in is replaced by a `RewardHead` with its parameters.
+        args: the options.
+        train_dataset: a list of rows or a `datasets.Dataset`, see `fastrm.data`.
+        eval_dataset: the same, or a dict of them.
+        processing_class: the tokenizer; None loads the model's own. Its padding token is set where
+            the model's differs, see `fastrm.model.set_pad_token`.
+        data_collator: in place of `fastrm.data.RaggedCollator`.
+        callbacks: further callbacks.
+        optimizers: optimizer and scheduler in place of those that `args` describes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        args: RewardConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        data_collator: Any = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = copy.copy(args) if args is not None else RewardConfig()
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs, and ragged groups cannot be split by "
+                "torch.nn.DataParallel: start one process per GPU with torchrun or accelerate "
+                "launch, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(name)
+        if isinstance(model, str):
+            set_seed(args.seed)  # a new head is drawn from it
+            model = load_reward_model(model, tokenizer=processing_class, dtype=args.model_dtype)
+        self.head = attach_head(model)
+        set_pad_token(model, processing_class)
+        if args.disable_dropout:
+            disable_dropout(model)
+
+        self._max_tokens = token_limit(model, processing_class, args.max_length)
+        self._pairs = is_encoder(model)
+        self._tokenizer = processing_class
+        if train_dataset is not None:
+            train_dataset = self._tokenized(train_dataset, "train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                k: self._tokenized(v, f"eval_dataset[{k!r}]") for k, v in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
+        elif args.eval_strategy == IntervalStrategy.EPOCH and not args.load_best_model_at_end:
+            args.eval_strategy = IntervalStrategy.NO
+        self._options: dict[str, Any] = {
+            "temperature": args.temperature,
+            "label_smoothing": args.label_smoothing_factor,
+            "center_coef": args.center_rewards_coefficient or 0.0,
+            "backend": args.backend,
+        }
+        self._window: Tensor | None = None  # sums of `group_stats` since the last log
+        own: list[TrainerCallback] = [_LogLastStep()]
+        if args.early_stopping_patience is not None:
+            stop = (args.early_stopping_patience, args.early_stopping_threshold)
+            evaluates = args.eval_strategy != IntervalStrategy.NO
+            own.append(EarlyStoppingCallback(*stop) if evaluates else _StopOnPlateau(*stop))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator
+            or RaggedCollator(processing_class.pad_token_id, last_token=not self._pairs),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=_eval_metrics,
+            callbacks=[*own, *(callbacks or ())],
+            optimizers=optimizers,
+        )
+        # The loss of a micro-batch is already divided by the groups of the whole step.
+        self.model_accepts_loss_kwargs = True
+        if train_dataset is not None:
+            self._describe(model, train_dataset)
+
+    def _tokenized(self, rows: Any, name: str) -> Examples:
+        if isinstance(rows, Examples):
+            return rows
+        examples = tokenize_rows(
+            self._tokenizer, check_rows(rows, name), self._max_tokens, self._pairs
+        )
+        if not examples:
+            raise ValueError(f"{name}: no group is left, every one has a candidate of more than "
+                             f"{self._max_tokens} tokens")  # fmt: skip
+        return examples
+
+    def _describe(self, model: torch.nn.Module, examples: Examples) -> None:
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        log.info(
+            "training %s: %.1fM parameters, layout padded, %d groups, %d candidates, %d tokens; "
+            "%d prompts cut at the left to %s tokens, %d groups left out as too long",
+            type(model).__name__, parameters / 1e6, len(examples),
+            sum(len(e["input_ids"]) for e in examples),
+            sum(len(ids) for e in examples for ids in e["input_ids"]),
+            sum(int(e["cut"]) for e in examples), self._max_tokens, examples.dropped,
+        )  # fmt: skip
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of an optimiser step and the number of its groups on all devices."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self._count_groups(batches, device)
+
+    def _count_groups(self, batches: Iterable[Any], device: torch.device) -> Tensor:
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        for batch in batches:
+            count += _counted(batch).sum().to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum over the groups of this micro-batch / number of groups of the optimiser step."""
+        if num_items_in_batch is None:
+            num_items_in_batch = self._count_groups([inputs], inputs["offsets"].device)
+        options = {**self._options, "num_items_in_batch": num_items_in_batch}
+        with self.head.listwise(inputs, **options) as result:
+            outputs = model(**_model_inputs(inputs))
+        loss = outputs.logits.flatten()[0]
+        if model.training:
+            stats = group_stats(result.scores, inputs, self._options["temperature"]).sum(0)
+            stats[0].copy_(loss.detach() * num_items_in_batch)
+            self._window = stats if self._window is None else self._window + stats
+        # Data parallelism averages gradients over processes where this needs their sum.
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Statistics of each group, (N, 8); the trainer gathers them for the metrics."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            with self.head.listwise(inputs, reduction="none", **self._options) as result:
+                model(**_model_inputs(inputs))
+            stats = group_stats(result.scores, inputs, self._options["temperature"])
+            stats[:, 0].copy_(result.loss)
+        return None, stats, stats[:, 1]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in `transformers.Trainer`; takes rows too."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("use fastrm.evaluate.score_rows for the rewards of rows")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; what a window of training steps brings is exact over its groups."""
+        if "loss" in logs and self._window is not None:
+            sums = self.accelerator.reduce(self._window, reduction="sum")
+            logs.update(_means(sums.tolist()))
+            self._window = None
+        super().log(logs, start_time)
+
+
+def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in batch.items() if k not in GROUP_KEYS and k != "rows"}
+
+
+def _counted(batch: Mapping[str, Tensor]) -> Tensor:
+    """(N,) bool: the groups that are not left out."""
+    target = batch["target"]
+    if target.is_floating_point():
+        return torch.ones_like(batch["offsets"][1:], dtype=torch.bool)
+    return target != -100
+
+
+def group_stats(scores: Tensor, batch: Mapping[str, Tensor], temperature: float = 1.0) -> Tensor:
+    """What the metrics need of each group, (N, 8), without waiting for the device.
+
+    The columns: loss (0, for the caller to fill), groups (0 or 1), credit, groups with a margin,
+    margin, sum of rewards, candidates, probability of the best. Their sums are all `_means` needs.
+    """
+    offsets, target = batch["offsets"], batch["target"]
+    M, N = scores.shape[0], offsets.shape[0] - 1
+    i = torch.arange(M, device=scores.device)
+    group = torch.searchsorted(offsets[1:].contiguous(), i, right=True)
+
+    def total(x: Tensor) -> Tensor:
+        return scores.new_zeros(N).index_add(0, group, x.to(scores.dtype))
+
+    def top(x: Tensor, among: Tensor | None = None) -> Tensor:
+        x = x if among is None else torch.where(among, x, -torch.inf)
+        return x.new_full((N,), -torch.inf).scatter_reduce(0, group, x, "amax")
+
+    if target.is_floating_point():
+        q = target.to(scores.dtype)
+        best = q == top(q)[group]
+    else:
+        best = i - offsets[group] == target[group]
+    highest, of_best, of_rest = top(scores), top(scores, best), top(scores, ~best)
+    at_top = scores == highest[group]
+    margin = of_best - of_rest
+    p = ((scores - highest[group]) / temperature).exp()
+    columns = (
+        torch.zeros_like(highest),
+        torch.ones_like(highest),
+        total(at_top & best) / total(at_top),
+        margin.isfinite().to(scores.dtype),
+        torch.where(margin.isfinite(), margin, 0),
+        total(scores),
+        total(torch.ones_like(scores)),
+        total(torch.where(best, p, 0)) / total(p),
+    )
+    return torch.where(_counted(batch)[:, None], torch.stack(columns, dim=1), 0)
+
+
+def _means(sums: Sequence[float]) -> dict[str, float]:
+    """Metrics from the summed columns of `group_stats`."""
+    loss, groups, credit, with_margin, margin, reward, candidates, p_best = sums
+    return {
+        "loss": loss / max(groups, 1),
+        "accuracy": credit / max(groups, 1),
+        "margin": margin / max(with_margin, 1),
+        "reward": reward / max(candidates, 1),
+        "p_best": p_best / max(groups, 1),
+    }
+
+
+def _eval_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    return _means(np.asarray(prediction.predictions, dtype=np.float64).sum(0).tolist())
+
+
+class _LogLastStep(TrainerCallback):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class _StopOnPlateau(TrainerCallback):
+    """Stop when the training loss has not improved for some logs; resumes from the log history."""
+
+    def __init__(self, patience: int, threshold: float) -> None:
+        self.patience, self.threshold = patience, threshold
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        before, recent = losses[: -self.patience], losses[-self.patience :]
+        if before and min(recent) >= min(before) - self.threshold:
+            log.info("training loss has not improved for %d logs, stopping", self.patience)
+            control.should_training_stop = True

@@ -1,0 +1,360 @@
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrm.data import RaggedCollator, check_rows, read_rows, tokenize_rows
+from fastrm.model import set_pad_token
+from fastrm.trainer import RewardConfig, RewardTrainer, group_stats
+
+from .conftest import make_decoder, make_rows, make_tokenizer
+
+
+def config(folder, **options):
+    """Quick and quiet: rows in order, a constant learning rate, no clipping."""
+    defaults = dict(
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, save_strategy="no", report_to=[],
+        train_sampling_strategy="sequential", lr_scheduler_type="constant", warmup_steps=0,
+        max_grad_norm=0, logging_steps=1, learning_rate=0.05,
+    )  # fmt: skip
+    return RewardConfig(**{**defaults, **options})
+
+
+def trained(folder, rows, model=None, eval_rows=None, sgd=True, resume=None, **options):
+    model = make_decoder() if model is None else model
+    args = config(folder, **options)
+    optimizers = (torch.optim.SGD(model.parameters(), lr=args.learning_rate) if sgd else None, None)
+    trainer = RewardTrainer(
+        model, args, rows, eval_rows, make_tokenizer(), optimizers=optimizers
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logged(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def batches(rows, size, tokenizer):
+    collate = RaggedCollator(tokenizer.pad_token_id, last_token=True)
+    examples = tokenize_rows(tokenizer, rows, None, pairs=False)
+    for i in range(0, len(examples), size):
+        yield collate(examples[i : i + size])
+
+
+def plain_loss(logits, batch, eps=0.0, temperature=1.0, center=0.0):
+    """Sum over groups in a Python loop; knows nothing of fastrm."""
+    total = logits.new_zeros(())
+    sizes = batch["offsets"].diff().tolist()
+    for r, b in zip(logits.split(sizes), batch["target"], strict=True):
+        ce = torch.nn.functional.cross_entropy(r[None] / temperature, b[None], label_smoothing=eps)
+        total = total + ce + center * (2 * r.mean()) ** 2
+    return total
+
+
+def plain_run(rows, size, steps, **options):
+    """Plain PyTorch, one batch of `size` groups an optimiser step."""
+    model, tokenizer = make_decoder().train(), make_tokenizer()
+    set_pad_token(model, tokenizer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _, batch in zip(range(steps), batches(rows, size, tokenizer), strict=False):
+        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        loss = plain_loss(outputs.logits[:, 0], batch, **options) / len(batch["target"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def assert_same_weights(a, b, atol=1e-6):
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    "options, plain",
+    [
+        ({}, {}),
+        (
+            dict(temperature=2.0, label_smoothing_factor=0.1, center_rewards_coefficient=0.05),
+            dict(temperature=2.0, eps=0.1, center=0.05),
+        ),
+    ],
+    ids=["plain", "options"],
+)
+def test_trains_as_a_plain_loop_does(tmp_path, options, plain):
+    rows = make_rows(24)
+    model, losses = plain_run(rows, 8, 3, **plain)
+    trainer = trained(tmp_path, rows, **options)
+    assert logged(trainer) == pytest.approx(losses, abs=1e-5)
+    assert_same_weights(trainer.model, model)
+
+
+@pytest.mark.parametrize("micro, accumulate", [(2, 4), (3, 3)], ids=["equal", "unequal"])
+def test_accumulation_changes_nothing(tmp_path, micro, accumulate):
+    rows = make_rows(16 if micro == 2 else 8)
+    whole = trained(tmp_path, rows)  # micro-batches of 3, 3 and 2 groups against one of 8
+    cut = trained(
+        tmp_path, rows, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate
+    )
+    assert whole.state.global_step == cut.state.global_step == len(rows) // 8
+    assert_same_weights(whole.model, cut.model)
+    for name in ("loss", "accuracy", "margin", "reward", "p_best"):
+        assert logged(whole, name) == pytest.approx(logged(cut, name), abs=1e-5), name
+
+
+RANKS = """
+import sys
+from tests.test_trainer import make_rows, trained
+import torch
+trainer = trained(sys.argv[1], make_rows(16), per_device_train_batch_size=int(sys.argv[3]))
+if trainer.is_world_process_zero():
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    torch.save((model.state_dict(), trainer.state.log_history), sys.argv[2])
+"""
+
+
+def test_two_processes_change_nothing(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               script, tmp_path / "out", tmp_path / "model.pt", "4"]  # fmt: skip
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=150)
+        finally:
+            process.terminate()  # not kill: torchrun then stops its workers
+    assert process.returncode == 0, output[-3000:]
+    weights, history = torch.load(tmp_path / "model.pt", weights_only=False)
+    one = trained(tmp_path, make_rows(16))
+    for name, p in one.model.state_dict().items():
+        torch.testing.assert_close(weights[name], p, atol=1e-6, rtol=0)
+    for name in ("loss", "accuracy", "margin", "reward", "p_best"):
+        both = [entry[name] for entry in history if name in entry]
+        assert both == pytest.approx(logged(one, name), abs=1e-5), name
+
+
+def by_hand(rewards, rows):
+    """The metrics of DESIGN from lists of rewards, one group at a time."""
+    loss, credit, margins, p_best = [], [], [], []
+    for r, row in zip(rewards, rows, strict=True):
+        best, rest = r[row["best"]], r[: row["best"]] + r[row["best"] + 1 :]
+        p = math.exp(best) / sum(map(math.exp, r))
+        p_best.append(p)
+        loss.append(-math.log(p))
+        credit.append(1 / r.count(max(r)) if best == max(r) else 0.0)
+        margins += [best - max(rest)] if rest else []
+    mean = lambda xs: sum(xs) / len(xs)  # noqa: E731
+    return {
+        "loss": mean(loss), "accuracy": mean(credit), "margin": mean(margins),
+        "reward": mean([x for r in rewards for x in r]), "p_best": mean(p_best),
+    }  # fmt: skip
+
+
+def rewards_of(model, rows):
+    tokenizer = make_tokenizer()
+    with torch.no_grad():
+        (batch,) = batches(rows, len(rows), tokenizer)
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        logits = model.eval()(**inputs).logits[:, 0]
+    return [r.tolist() for r in logits.split(batch["offsets"].diff().tolist())]
+
+
+def test_metrics_are_exact_over_the_window_and_over_the_evaluation_set(tmp_path):
+    rows, other = make_rows(21), make_rows(13, seed=1)  # batches of 8, 8, 5 and of 8, 5
+    trainer = trained(tmp_path, rows, eval_rows=other, learning_rate=0.0, logging_steps=3,
+                      logging_first_step=False)  # fmt: skip
+    assert len(logged(trainer)) == 1
+    for prefix, data in (("", rows), ("eval_", other)):
+        for name, value in by_hand(rewards_of(trainer.model, data), data).items():
+            assert logged(trainer, prefix + name) == [pytest.approx(value, abs=1e-5)], name
+    again = trainer.evaluate(rows, metric_key_prefix="test")
+    assert again["test_accuracy"] == pytest.approx(logged(trainer, "accuracy")[0])
+    with pytest.raises(NotImplementedError, match="score_rows"):
+        trainer.predict(rows)
+
+
+def test_group_stats_by_hand():
+    scores = torch.tensor([1.0, 1.0, 0.0, 2.0, 3.0, 5.0, 5.0, 5.0, 1.0])
+    offsets = torch.tensor([0, 3, 4, 5, 8, 9])
+    hard = group_stats(scores, {"offsets": offsets, "target": torch.tensor([1, 0, -100, 2, -100])})
+    assert hard[:, 1].tolist() == [1, 1, 0, 1, 0]
+    assert hard[:, 2].tolist() == pytest.approx([1 / 2, 1, 0, 1 / 3, 0])
+    assert hard[:, 3].tolist() == [1, 0, 0, 1, 0] and hard[:, 4].tolist() == [0] * 5
+    assert hard[:, 5].tolist() == [2, 2, 0, 15, 0] and hard[:, 6].tolist() == [3, 1, 0, 3, 0]
+    assert hard[0, 7].item() == pytest.approx(math.e / (2 * math.e + 1))
+    soft = torch.tensor([0.5, 0.0, 0.5, 1.0, 1.0, 0.2, 0.4, 0.4, 1.0])
+    stats = group_stats(scores, {"offsets": offsets, "target": soft})
+    assert stats[:, 2].tolist() == pytest.approx([1 / 2, 1, 1, 2 / 3, 1])
+    assert stats[0, 7].item() == pytest.approx((math.e + 1) / (2 * math.e + 1))
+
+
+def test_soft_labels_margins_and_weights_reach_the_loss(tmp_path):
+    rows = [
+        {"prompt": "p", "candidates": ["a", "b b", "c"], "labels": [1, 0, 3], "margin": 0.5},
+        {"prompt": "q", "candidates": ["a", "b b"], "best": 1, "weight": 2.0, "margin": [1, 2]},
+    ]
+    trainer = trained(tmp_path, rows, learning_rate=0.0)
+    (a, b) = (torch.tensor(r, dtype=torch.float64) for r in rewards_of(trainer.model, rows))
+    q = torch.tensor([0.25, 0, 0.75], dtype=torch.float64)
+    first = -(q * torch.log_softmax(a + torch.tensor([0, 0.5, 0]), 0)).sum()
+    second = -2 * torch.log_softmax(b + torch.tensor([1, 0]), 0)[1]
+    assert logged(trainer) == [pytest.approx(float(first + second) / 2, abs=1e-5)]
+
+
+def test_backends_give_the_same_curve(tmp_path):
+    from fastrm import backends
+
+    try:
+        backends.choose("cpu", "cpp")
+    except RuntimeError as e:
+        pytest.skip(str(e))
+    options = dict(sgd=False, learning_rate=1e-3, max_steps=20, num_train_epochs=5)
+    curves = [
+        logged(trained(tmp_path, make_rows(64), backend=backend, **options))
+        for backend in ("cpp", "torch")
+    ]
+    assert len(curves[0]) == 20 and curves[0][-1] < curves[0][0]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+def test_resume_continues_to_the_bit(tmp_path):
+    options = dict(
+        sgd=False, learning_rate=1e-3, train_sampling_strategy="random", disable_dropout=False,
+        num_train_epochs=2, save_strategy="steps", save_steps=5, lr_scheduler_type="linear",
+    )  # fmt: skip
+    rows = make_rows(64)
+    whole = trained(tmp_path, rows, make_decoder("gpt2", dropout=0.1), **options)
+    assert whole.state.global_step == 16
+    resumed = trained(
+        tmp_path, rows, make_decoder("gpt2", seed=1, dropout=0.1),
+        resume=str(tmp_path / "checkpoint-5"), **options,
+    )  # fmt: skip
+    assert_same_weights(resumed.model, whole.model, atol=0)
+    assert logged(resumed) == logged(whole)
+
+
+def test_dropout_is_off_unless_asked_for(tmp_path):
+    rows = make_rows(16)
+    plain = trained(tmp_path, rows, make_decoder("gpt2"))
+    off = trained(tmp_path, rows, make_decoder("gpt2", dropout=0.3))
+    on = trained(tmp_path, rows, make_decoder("gpt2", dropout=0.3), disable_dropout=False)
+    assert_same_weights(plain.model, off.model, atol=0)
+    assert not torch.equal(plain.model.score.weight, on.model.score.weight)
+
+
+@pytest.mark.parametrize("with_eval", [False, True])
+def test_stops_on_a_plateau(tmp_path, with_eval):
+    rows = make_rows(8)
+    options = dict(num_train_epochs=50, early_stopping_patience=3)
+    eval_rows = rows if with_eval else None
+    flat = trained(tmp_path, rows, eval_rows=eval_rows, learning_rate=0.0, **options)
+    assert flat.state.global_step == 4  # one step sets the mark, three bring nothing
+    falling = trained(
+        tmp_path, rows, eval_rows=eval_rows, learning_rate=1e-3, **options | {"num_train_epochs": 9}
+    )
+    assert falling.state.global_step == 9
+    small = dict(learning_rate=1e-3, early_stopping_threshold=10.0)
+    assert trained(tmp_path, rows, eval_rows=eval_rows, **options, **small).state.global_step == 4
+
+
+def test_a_path_is_enough_and_the_seed_decides(tmp_path):
+    make_decoder().model.save_pretrained(tmp_path / "a")  # a backbone without a head
+    make_tokenizer().save_pretrained(tmp_path / "a")
+    runs = []
+    for seed in (1, 1, 2):
+        args = config(tmp_path / "out", seed=seed)
+        trainer = RewardTrainer(str(tmp_path / "a"), args, make_rows(8))
+        trainer.train()
+        runs.append(trainer)
+    assert runs[0].processing_class.pad_token == "<pad>"
+    assert_same_weights(runs[0].model, runs[1].model, atol=0)
+    assert not torch.equal(runs[0].model.score.weight, runs[2].model.score.weight)
+    runs[0].save_model(str(tmp_path / "b"))
+    again = RewardTrainer(str(tmp_path / "b"), args, eval_dataset=make_rows(8))
+    assert again.evaluate()["eval_loss"] == pytest.approx(
+        RewardTrainer(runs[0].model, args).evaluate(make_rows(8))["eval_loss"], abs=1e-6
+    )
+
+
+def test_says_what_it_trains(tmp_path, caplog):
+    datasets = pytest.importorskip("datasets")
+    rows = make_rows(6)
+    rows[1]["candidates"] = ["word " * 300] * 5
+    rows[2]["prompt"] = "word " * 300
+    with caplog.at_level("INFO", logger="fastrm"):
+        RewardTrainer(make_decoder(), config(tmp_path), datasets.Dataset.from_list(rows), None,
+                      make_tokenizer())  # fmt: skip
+    (line,) = [r.getMessage() for r in caplog.records if "training" in r.getMessage()]
+    K = sum(len(r["candidates"]) for i, r in enumerate(rows) if i != 1)
+    for part in (f"5 groups, {K} candidates", "1 prompts cut at the left to 128 tokens",
+                 "1 groups left out", "layout padded", "0.0M parameters"):  # fmt: skip
+        assert part in line
+    with pytest.raises(ValueError, match="eval_dataset: no group is left"):
+        RewardTrainer(make_decoder(), config(tmp_path), rows, [rows[1]], make_tokenizer())
+    with pytest.raises(ValueError, match="train_dataset row 1: column 'best'"):
+        unlabelled = {"prompt": "", "candidates": ["a"]}
+        RewardTrainer(
+            make_decoder(), config(tmp_path), [rows[0], unlabelled], None, make_tokenizer()
+        )
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(temperature=0.0), "temperature must be a finite number above 0, got 0.0"),
+        (dict(center_rewards_coefficient=-1.0), "center_rewards_coefficient must"),
+        (dict(label_smoothing_factor=1.5), "label_smoothing_factor must be from 0 to 1"),
+        (dict(max_length=0), "max_length must be above 0"),
+        (dict(backend="cuda"), "backend must be one of triton, cpp, torch, got 'cuda'"),
+        (dict(early_stopping_patience=0), "early_stopping_patience must be above 0"),
+        (dict(remove_unused_columns=True), "remove_unused_columns must be False"),
+        (dict(train_sampling_strategy="group_by_length"), "train_sampling_strategy must be random"),
+        (dict(bf16_full_eval=True), "bf16_full_eval must be False"),
+        (dict(accelerator_config={"dispatch_batches": True}), "dispatch_batches must not be set"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_config_refuses_what_cannot_work(tmp_path, options, says):
+    with pytest.raises(ValueError, match=says):
+        config(tmp_path, **options)
+
+
+def test_every_option_is_documented():
+    from dataclasses import fields
+
+    ours = set(RewardConfig.__annotations__)
+    assert {"max_length", "temperature", "backend"} <= ours
+    assert all(f.metadata.get("help") for f in fields(RewardConfig) if f.name in ours)
+
+
+@pytest.mark.slow
+def test_minilm_learns_truthfulqa(tmp_path, minilm, data_file):
+    train = read_rows(data_file("truthfulqa_mc1.train.jsonl"))
+    test = read_rows(data_file("truthfulqa_mc1.test.jsonl"))
+    args = RewardConfig(str(tmp_path), num_train_epochs=2, learning_rate=5e-5, seed=3,
+                        per_device_train_batch_size=8, save_strategy="no")  # fmt: skip
+    trainer = RewardTrainer(minilm, args, train, test)
+    trainer.train()
+    assert logged(trainer, "eval_accuracy")[-1] >= 0.70
+    assert len(check_rows(test)) == 154
+
+
+@pytest.mark.slow
+def test_smollm2_loss_falls(tmp_path, smollm2, data_file):
+    rows = read_rows(data_file("truthfulqa_mc1.train.jsonl"))[:16]
+    args = RewardConfig(str(tmp_path), max_steps=8, learning_rate=3e-5, seed=3, logging_steps=1,
+                        per_device_train_batch_size=4, save_strategy="no")  # fmt: skip
+    trainer = RewardTrainer(smollm2, args, rows)
+    trainer.train()
+    losses = logged(trainer)
+    assert sum(losses[4:]) < 0.8 * sum(losses[:4]), losses
