@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastrm_kernels import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DTYPES, HIDDEN_SIZES, Problem, error, make, problems, ragged_sizes
@@ -54,9 +55,10 @@ def test_every_option_matches_cross_entropy(backend: str) -> None:
 
 @pytest.mark.parametrize("kind", ["ones", "pairs", "giant", "uniform", "zipf"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_raggedness(backend: str, kind: str) -> None:
-    M = 400 if DEVICE[backend] == "cpu" and backend == "triton" else 20_000
-    sizes = ragged_sizes(kind, M, torch.Generator().manual_seed(3))
+def test_raggedness(backend: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "triton" and not CUDA:  # each block of rows costs the interpreter the same
+        monkeypatch.setattr(rows, "tile", lambda D, size: rows.Tile(32, 1, 512, 4, 1))
+    sizes = ragged_sizes(kind, 20_000, torch.Generator().manual_seed(3))
     check_close(make(sizes, 33, temperature=0.7, margin=True), backend, 1e-9)
 
 
@@ -68,9 +70,6 @@ def budget_cases() -> list[Any]:
     for backend in ("cpp", "triton"):
         for dtype in DTYPES:
             for D in HIDDEN_SIZES:
-                interpreted = backend == "triton" and not CUDA
-                if interpreted and D > 4096 and dtype != "bf16":
-                    continue  # minutes in the interpreter; other sizes cover these dtypes
                 marks = [pytest.mark.gpu] if DEVICE[backend] == "cuda" else []
                 name = f"{backend}-{dtype}-{D}"
                 out.append(pytest.param(backend, dtype, D, id=name, marks=marks))
