@@ -59,6 +59,8 @@ class _Head:
         self.chosen, self.D = chosen, hidden.shape[-1]
         self.T = math.prod(hidden.shape[:-1])
         self.M = self.T if chosen is None else chosen.shape[0]
+        if self.T >= 2**31:
+            raise ValueError(f"hidden must have less than 2^31 rows, got {self.T}")
         self.hidden, self.S, self.stride_b, self.stride_s = rows.row_strides(hidden)
         self.weight = weight.reshape(-1).contiguous()
         self.acc = torch.promote_types(hidden.dtype, torch.float32)
@@ -152,7 +154,7 @@ def _listwise_fwd(
         loss, scores, stats, divisor, pieces, marks, partial, inverse,
         _arrival_counter(hidden.device), M, N, head.T, head.S, head.per_program, G,
         head.stride_b, head.stride_s, temperature, label_smoothing, center_coef, **head.meta,
-        BLOCK_G=triton.next_power_of_2(G), SOFT=soft, CENTER=center_coef != 0,
+        ONE_PROGRAM=G == 1, SOFT=soft, CENTER=center_coef != 0,
         HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, HAS_MARGIN=margin is not None,
         HAS_GROUP_WEIGHT=group_weight is not None, HAS_NUM_ITEMS=num_items is not None,
         REDUCTION=reduction, DWEIGHT=one_pass, INVERSE=inverted, **head.options,

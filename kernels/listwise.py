@@ -21,6 +21,7 @@ from fastrm_kernels.rows import (
     candidate_rows,
     find_group,
     load_columns,
+    load_index,
     load_tile,
     row_start,
     store_columns,
@@ -29,6 +30,7 @@ from fastrm_kernels.rows import (
 
 PIECES = tl.constexpr(11)
 MARKS = tl.constexpr(6)
+CHUNK = tl.constexpr(128)  # pieces joined at a time, two a program
 
 
 @triton.jit
@@ -40,15 +42,15 @@ def _candidate(
 
     The weight is 0 for a group left out and NaN for one whose target or size is invalid.
     """
-    first = tl.load(offsets_ptr + g, mask=ok, other=0).to(tl.int64)
-    last = tl.load(offsets_ptr + g + 1, mask=ok, other=1).to(tl.int64)
+    first = load_index(offsets_ptr + g, ok, 0)
+    last = load_index(offsets_ptr + g + 1, ok, 1)
     size = last - first
     if SOFT:
         q = tl.load(target_ptr + i, mask=ok, other=0.0).to(ACC)
         counted = ok
         valid = size > 0
     else:
-        target = tl.load(target_ptr + g, mask=ok, other=0).to(tl.int64)
+        target = load_index(target_ptr + g, ok, 0)
         q = (i - first == target).to(ACC)
         counted = ok & (target != -100)
         valid = (size > 0) & ((target == -100) | ((target >= 0) & (target < size)))
@@ -76,7 +78,7 @@ def _block_groups(offsets_ptr, i, n, N, BLOCK_M: tl.constexpr):
     """Group of each of BLOCK_M consecutive candidates, the first of which is in group n."""
     j = tl.arange(0, BLOCK_M)
     inside = n + 1 + j < N  # the end of the last group is not a boundary between groups
-    bounds = tl.load(offsets_ptr + n + 1 + j, mask=inside, other=0).to(tl.int64)
+    bounds = load_index(offsets_ptr + n + 1 + j, inside, 0)
     passed = (bounds[None, :] <= i[:, None]) & inside[None, :]
     return n + tl.sum(passed.to(tl.int32), axis=1)
 
@@ -137,7 +139,7 @@ def _listwise_fwd_kernel(
     stride_b, stride_s,
     temperature: tl.float64, label_smoothing: tl.float64, center_coef: tl.float64,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_G: tl.constexpr, ACC: tl.constexpr, SOFT: tl.constexpr, CENTER: tl.constexpr,
+    ONE_PROGRAM: tl.constexpr, ACC: tl.constexpr, SOFT: tl.constexpr, CENTER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_MARGIN: tl.constexpr,
     HAS_GROUP_WEIGHT: tl.constexpr, HAS_NUM_ITEMS: tl.constexpr, REDUCTION: tl.constexpr,
     DWEIGHT: tl.constexpr, INVERSE: tl.constexpr,
@@ -292,7 +294,7 @@ def _listwise_fwd_kernel(
     tl.store(mark + 3, groups)
     tl.store(mark + 4, tail_open)
     tl.store(mark + 5, broken)
-    if BLOCK_G == 1:
+    if ONE_PROGRAM:
         _finish(
             loss, groups, broken, loss_ptr, stats_ptr, divisor_ptr, num_items_ptr, N,
             HAS_NUM_ITEMS, REDUCTION, ACC,
@@ -316,7 +318,7 @@ def _listwise_fwd_kernel(
             _combine_pieces(
                 offsets_ptr, target_ptr, group_weight_ptr, num_items_ptr, loss_ptr, stats_ptr,
                 divisor_ptr, pieces_ptr, marks_ptr, N, G, label_smoothing, center_coef,
-                BLOCK_G, ACC, SOFT, CENTER, HAS_GROUP_WEIGHT, HAS_NUM_ITEMS, REDUCTION,
+                ACC, SOFT, CENTER, HAS_GROUP_WEIGHT, HAS_NUM_ITEMS, REDUCTION,
             )  # fmt: skip
 
 
@@ -324,41 +326,62 @@ def _listwise_fwd_kernel(
 def _combine_pieces(
     offsets_ptr, target_ptr, group_weight_ptr, num_items_ptr, loss_ptr, stats_ptr, divisor_ptr,
     pieces_ptr, marks_ptr, N, G, label_smoothing, center_coef,
-    BLOCK_G: tl.constexpr, ACC: tl.constexpr, SOFT: tl.constexpr, CENTER: tl.constexpr,
+    ACC: tl.constexpr, SOFT: tl.constexpr, CENTER: tl.constexpr,
     HAS_GROUP_WEIGHT: tl.constexpr, HAS_NUM_ITEMS: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """The scalars of groups that lie in several programs, by the last program, in fixed order."""
-    # The pieces in row order: head and tail of program 0, of program 1, ...
-    x = tl.arange(0, 2 * BLOCK_G)
-    p = x // 2
-    ok = p < G
-    is_head = ok & (x % 2 == 0)
-    mark = marks_ptr + p * MARKS
-    piece = pieces_ptr + p * PIECES + (x % 2) * 5
-    g = tl.load(mark + x % 2, mask=ok, other=-1, cache_modifier=".cg")
-    m = tl.load(piece, mask=ok, other=float("-inf"), cache_modifier=".cg")
-    s = tl.load(piece + 1, mask=ok, other=0.0, cache_modifier=".cg")
-    k = tl.load(piece + 2, mask=ok, other=0.0, cache_modifier=".cg")
-    Q = tl.load(piece + 3, mask=ok, other=0.0, cache_modifier=".cg")
-    r = tl.load(piece + 4, mask=ok, other=0.0, cache_modifier=".cg")
-    g, m, s, k, Q, r = tl.associative_scan((g, m, s, k, Q, r), 0, _join_pieces)
-    ends = is_head & (tl.load(mark + 2, mask=is_head, other=0, cache_modifier=".cg") == 1)
-    first, last, size, q, smooth, gw, counted = _candidate(
-        x * 0, g, ends, offsets_ptr, target_ptr, group_weight_ptr, label_smoothing,
-        SOFT, HAS_GROUP_WEIGHT, ACC,
-    )  # fmt: skip
-    group_loss = _group_loss(gw, s, k, Q, r, size, center_coef, CENTER)
-    _store_stats(stats_ptr, g, N, m, s, Q, r, ends, SOFT or CENTER)
-    if REDUCTION == "none":
-        tl.store(loss_ptr + g, group_loss, mask=ends)
-    inside = tl.load(pieces_ptr + p * PIECES + 10, mask=is_head, other=0.0,
-                     cache_modifier=".cg")  # fmt: skip
-    loss = tl.sum(tl.where(ends, group_loss, 0.0) + inside, axis=0)
-    groups = tl.load(mark + 3, mask=is_head, other=0, cache_modifier=".cg")
-    broken = tl.load(mark + 5, mask=is_head, other=0, cache_modifier=".cg")
+    loss = tl.zeros((), ACC)
+    groups = tl.full((), 0, tl.int32)
+    broken = tl.full((), 0, tl.int32)
+    g0 = tl.full((), -1, tl.int32)  # what is joined before this chunk of the pieces
+    m0 = tl.full((), float("-inf"), ACC)
+    s0 = tl.zeros((), ACC)
+    k0 = tl.zeros((), ACC)
+    q0 = tl.zeros((), ACC)
+    r0 = tl.zeros((), ACC)
+    for lo in range(0, 2 * G, CHUNK):
+        # The pieces in row order: head and tail of program 0, of program 1, ...
+        x = lo + tl.arange(0, CHUNK)
+        p = x // 2
+        ok = p < G
+        is_head = ok & (x % 2 == 0)
+        mark = marks_ptr + p * MARKS
+        piece = pieces_ptr + p * PIECES + (x % 2) * 5
+        g = tl.load(mark + x % 2, mask=ok, other=-1, cache_modifier=".cg")
+        m = tl.load(piece, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        s = tl.load(piece + 1, mask=ok, other=0.0, cache_modifier=".cg")
+        k = tl.load(piece + 2, mask=ok, other=0.0, cache_modifier=".cg")
+        Q = tl.load(piece + 3, mask=ok, other=0.0, cache_modifier=".cg")
+        r = tl.load(piece + 4, mask=ok, other=0.0, cache_modifier=".cg")
+        g, m, s, k, Q, r = tl.associative_scan((g, m, s, k, Q, r), 0, _join_pieces)
+        g, m, s, k, Q, r = _join_pieces(g0, m0, s0, k0, q0, r0, g, m, s, k, Q, r)
+        is_last = x == lo + CHUNK - 1
+        g0 = _at(g, is_last)
+        m0 = _at(m, is_last)
+        s0 = _at(s, is_last)
+        k0 = _at(k, is_last)
+        q0 = _at(Q, is_last)
+        r0 = _at(r, is_last)
+
+        ends = is_head & (tl.load(mark + 2, mask=is_head, other=0, cache_modifier=".cg") == 1)
+        first, last, size, q, smooth, gw, counted = _candidate(
+            x * 0, g, ends, offsets_ptr, target_ptr, group_weight_ptr, label_smoothing,
+            SOFT, HAS_GROUP_WEIGHT, ACC,
+        )  # fmt: skip
+        group_loss = _group_loss(gw, s, k, Q, r, size, center_coef, CENTER)
+        _store_stats(stats_ptr, g, N, m, s, Q, r, ends, SOFT or CENTER)
+        if REDUCTION == "none":
+            tl.store(loss_ptr + g, group_loss, mask=ends)
+        inside = pieces_ptr + p * PIECES + 10
+        loss += tl.sum(tl.load(inside, mask=is_head, other=0.0, cache_modifier=".cg"), axis=0)
+        loss += tl.sum(tl.where(ends, group_loss, 0.0), axis=0)
+        counts = tl.load(mark + 3, mask=is_head, other=0, cache_modifier=".cg")
+        groups += tl.sum(counts, axis=0)
+        flags = tl.load(mark + 5, mask=is_head, other=0, cache_modifier=".cg")
+        broken = tl.maximum(broken, tl.max(flags, axis=0))
     _finish(
-        loss, tl.sum(groups, axis=0), tl.max(broken, axis=0), loss_ptr, stats_ptr,
-        divisor_ptr, num_items_ptr, N, HAS_NUM_ITEMS, REDUCTION, ACC,
+        loss, groups, broken, loss_ptr, stats_ptr, divisor_ptr, num_items_ptr, N,
+        HAS_NUM_ITEMS, REDUCTION, ACC,
     )  # fmt: skip
 
 

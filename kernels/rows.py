@@ -25,7 +25,7 @@ class Tile:
 
 @lru_cache
 def tile(D: int, element_size: int) -> Tile:
-    """Heuristic tile for hidden size D: about 64 values of hidden in the registers of a thread."""
+    """Tile for hidden size D: rows, weight and sums in registers, which spill above D = 8192."""
     if D < 32:
         D0, D1 = triton.next_power_of_2(D), 0
     else:
@@ -37,11 +37,11 @@ def tile(D: int, element_size: int) -> Tile:
     if held <= 256:
         found = Tile(D0, D1, 16, 4, 16)
     elif held <= 1024:
-        found = Tile(D0, D1, 8, 4, 8)
+        found = Tile(D0, D1, 4, 4, 8)
     elif held <= 2048:
-        found = Tile(D0, D1, 4, 4, 4)
+        found = Tile(D0, D1, 2, 4, 4)
     elif held <= 4096:
-        found = Tile(D0, D1, 4, 8, 2)
+        found = Tile(D0, D1, 2, 8, 2)
     else:
         found = Tile(D0, D1, 1, 16, 1)
     if element_size == 8:  # float64 values take twice the registers
@@ -131,6 +131,13 @@ def candidate_rows(rows_ptr, i, ok, T, HAS_ROWS: tl.constexpr):
         t = i.to(tl.int64)
     found = ok & (t >= 0) & (t < T)
     return tl.where(found, t, 0), found
+
+
+@triton.jit
+def load_index(ptr, ok, other):
+    """Integers below 2^31, the size of a register less; what is out of range stays so."""
+    x = tl.load(ptr, mask=ok, other=other).to(tl.int64)
+    return tl.minimum(tl.maximum(x, -200), 2147483647).to(tl.int32)
 
 
 @triton.jit

@@ -36,7 +36,8 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
     t = rows.tile(D, size)
     acc = triton.language.float64 if dtype == "fp64" else triton.language.float32
     meta = dict(
-        D=D, D0=t.D0, D1=t.D1, BLOCK_M=t.BLOCK_M, BLOCK_G=1024, BLOCK_C=64, BLOCK_P=32, ACC=acc,
+        D=D, D0=t.D0, D1=t.D1, BLOCK_M=t.BLOCK_M, BLOCK_C=64, BLOCK_P=32, ACC=acc,
+        ONE_PROGRAM=False,
         SOFT=False, CENTER=False, HAS_BIAS=True, HAS_ROWS=False, HAS_MARGIN=False,
         HAS_GROUP_WEIGHT=False, HAS_NUM_ITEMS=False, REDUCTION="mean", DWEIGHT=True,
         INVERSE=False, DHIDDEN=True, COEF=False,

@@ -46,6 +46,8 @@ def test_ahead_of_time(
     for report in reports:
         if target.startswith("sm_"):
             assert 0 < report["registers"] <= 255, report
+            if dtype != "fp64" and report["D"] <= 4096:
+                assert report["spills"] <= 32, report  # bytes: a few words where it is not 0
             assert report["shared"] <= 48 * 1024, report
         else:
             assert report["binary"] > 0
