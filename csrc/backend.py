@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastrm_csrc import build
 from torch import Tensor
 
-# offsets, target, rows, margin, group_weight
-Groups = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 Options = tuple[float, float, float, str]  # temperature, label_smoothing, center_coef, reduction
 
 
@@ -24,7 +23,6 @@ class CppBackend:
         self.score_fwd = torch.ops.fastrm_cpp.score.default
         self._fwd = torch.ops.fastrm_cpp.listwise_fwd.default
         self._bwd = torch.ops.fastrm_cpp.rank1_bwd.default
-        self._one = torch.ones(())
 
     def listwise_fwd(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor,
@@ -32,12 +30,12 @@ class CppBackend:
         num_items: Tensor | None, temperature: float, label_smoothing: float, center_coef: float,
         reduction: str, needs_grad: bool, needs_dweight: bool,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """The loss, the scores, and (coef, dweight for a unit gradient)."""
+        """The loss, the scores, and (coef, dweight for a unit gradient or offsets)."""
         loss, scores, coef, dweight = self._fwd(
             hidden, weight, bias, offsets, target, rows, margin, group_weight, num_items,
             temperature, label_smoothing, center_coef, reduction, needs_grad, needs_dweight,
         )  # fmt: skip
-        return loss, scores, (coef, dweight)
+        return loss, scores, (coef, offsets if reduction == "none" else dweight)
 
     @staticmethod
     def reads_twice(reduction: str, center_coef: float) -> bool:
@@ -45,16 +43,15 @@ class CppBackend:
         return reduction == "none"
 
     def listwise_bwd(
-        self, grad: Tensor, weight: Tensor, groups: Groups, state: tuple[Tensor, ...],
+        self, grad: Tensor, weight: Tensor, rows: Tensor | None, state: tuple[Any, ...],
         hidden: Tensor | None, shape: torch.Size, dtype: torch.dtype, options: Options,
         needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        offsets, _, rows, _, _ = groups
-        coef, dweight = state
+        coef, other = state
         again = options[3] == "none"
         return self._bwd(
-            grad, coef, offsets if again else None, weight, rows, hidden,
-            None if again or not needs_dweight else dweight, shape, dtype,
+            grad, coef, other if again else None, weight, rows, hidden,
+            other if needs_dweight and not again else None, shape, dtype,
             needs_dhidden, needs_dweight, needs_dbias, options[2] == 0,
         )  # fmt: skip
 
@@ -63,7 +60,8 @@ class CppBackend:
         needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         return self._bwd(
-            self._one, grad, None, weight, rows, hidden, None, hidden.shape, hidden.dtype,
+            torch.ones((), device="cpu"), grad, None, weight, rows, hidden, None, hidden.shape,
+            hidden.dtype,
             needs_dhidden, needs_dweight, needs_dbias, False,
         )  # fmt: skip
 

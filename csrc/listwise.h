@@ -60,6 +60,9 @@ A exp_flushed(A x) {
   return e < std::numeric_limits<A>::min() * A(1 << 24) ? A(0) : e;
 }
 
+// sum·e^gap; a sum that holds nothing yet, whose maximum is −inf, stays 0.
+inline double moved(double sum, double gap) { return sum == 0 ? 0 : sum * std::exp(gap); }
+
 // The running softmax sums of (a part of) one group.
 struct Sums {
   double max = -std::numeric_limits<double>::infinity();
@@ -68,7 +71,7 @@ struct Sums {
 
   void merge(const Sums& o) {
     double top = std::max(max, o.max);
-    exp = exp * std::exp(max - top) + o.exp * std::exp(o.max - top);
+    exp = moved(exp, max - top) + moved(o.exp, o.max - top);
     max = top;
     hard += o.hard, qz += o.qz, score += o.score;
   }
@@ -276,10 +279,11 @@ class ListwiseForward {
       if (q != 0) sums.qz += q * z[i];
       sums.score += score;
     }
-    sums.exp = sums.exp == 0 ? 0.0 : sums.exp * std::exp(sums.max - top);
+    sums.exp = moved(sums.exp, sums.max - top);
     sums.max = top;
     for (int64_t i = 0; i < n; ++i) {
-      e[i] = exp_flushed(A(z[i] - top));
+      bool masked = z[i] == -std::numeric_limits<double>::infinity();
+      e[i] = masked ? A(0) : exp_flushed(A(z[i] - top));
       sums.exp += e[i];
     }
   }
@@ -298,7 +302,8 @@ class ListwiseForward {
       double old_max = part.sums.max;
       add_block(group, r, n, part.sums, z, e);
       if (!dweight) continue;
-      A beta = part.used[0] ? A(std::exp(old_max - part.sums.max)) : A(0);
+      bool same_max = old_max == part.sums.max; // −inf too, which has no difference to itself
+      A beta = !part.used[0] ? A(0) : same_max ? A(1) : A(std::exp(old_max - part.sums.max));
       kernels->accumulate(rows, e, n, D, beta, acc(part, base));
       part.used[0] = true;
       int64_t k = 0;

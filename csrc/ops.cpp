@@ -491,6 +491,7 @@ std::tuple<Tensor, Tensor, Tensor> rank1_typed(
   for (size_t k = 0; k + 1 < args.hidden_shape.size(); ++k) count *= args.hidden_shape[k];
   IndexArg rows = rows_arg(args.rows);
   check_rows(rows, count, false);
+  TORCH_CHECK_VALUE(weight.numel() == D, "weight has ", weight.numel(), " entries for D = ", D);
   TORCH_CHECK_VALUE(
       M == (args.rows ? rows.size : count), "coef has ", M, " entries for ",
       args.rows ? rows.size : count, " candidates");
@@ -511,8 +512,9 @@ std::tuple<Tensor, Tensor, Tensor> rank1_typed(
     scale.data = scaled.get();
   }
 
-  Tensor empty = at::detail::empty_cpu({0}, dtype_of<A>);
-  Tensor dhidden = empty, dweight = empty, dbias = empty;
+  Tensor dhidden = at::detail::empty_cpu({0}, hidden_dtype);
+  Tensor dweight = at::detail::empty_cpu({0}, weight.scalar_type());
+  Tensor dbias = at::detail::empty_cpu({0}, dtype_of<A>);
   if (args.needs_dhidden) {
     dhidden = make_output(args.hidden_shape, hidden_dtype);
     WeightArg<A> w = weight_arg<A>(weight, D);

@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from torch import Tensor
 log = logging.getLogger("fastrm")
 NAMES = ("triton", "cpp", "torch")
 _CHECK_DEVICE_VALUES = os.environ.get("FASTRM_CHECK", "0") == "1"
-# offsets, target, rows, margin, group_weight
-Groups = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 Options = tuple[float, float, float, str]  # temperature, label_smoothing, center_coef, reduction
 
 
@@ -43,12 +41,12 @@ class Fused(Protocol):
         target: Tensor, rows: Tensor | None, margin: Tensor | None, group_weight: Tensor | None,
         num_items: Tensor | None, temperature: float, label_smoothing: float, center_coef: float,
         reduction: str, needs_grad: bool, needs_dweight: bool,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]: ...  # fmt: skip
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]: ...  # fmt: skip
 
     def reads_twice(self, reduction: str, center_coef: float) -> bool: ...
 
     def listwise_bwd(
-        self, grad: Tensor, weight: Tensor, groups: Groups, state: tuple[Tensor, ...],
+        self, grad: Tensor, weight: Tensor, rows: Tensor | None, state: tuple[Any, ...],
         hidden: Tensor | None, shape: torch.Size, dtype: torch.dtype, options: Options,
         needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
     ) -> Sequence[Tensor]: ...  # fmt: skip

@@ -227,7 +227,7 @@ def _unknown(argument: str, options: Sequence[str]) -> str:
     option = argument.partition("=")[0]
     if not option.startswith("-"):
         return f"unexpected argument {argument!r}"
-    near = difflib.get_close_matches(option, options, n=1)
+    near = difflib.get_close_matches(option, options, n=1, cutoff=0.7)
     return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "")
 
 
@@ -316,8 +316,9 @@ def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> Non
     eval_rows = read_rows(eval_file) if eval_file else None
     output = _directory(given["output_dir"])
     resume = given.pop("resume_from_checkpoint", None)
-    if resume and not Path(resume).is_dir():
-        raise UserError(f"--resume-from-checkpoint {resume}: no such directory")
+    if resume and not (Path(resume) / "trainer_state.json").is_file():
+        raise UserError(f"--resume-from-checkpoint {resume}: expected a checkpoint, such as "
+                        f"{output}/checkpoint-500, with its trainer_state.json")  # fmt: skip
     _check_backend(given.get("backend"))
     with _quiet():
         try:
@@ -397,13 +398,12 @@ def _score(args: argparse.Namespace) -> None:
 
     rows = read_rows("/dev/stdin" if args.input == "-" else args.input, labelled=False)
     if args.output != "-":
-        _write(Path(args.output), "")  # a mistake in the path shows before the work
+        _touch(Path(args.output))  # a mistake in the path shows before the work
     model, tokenizer = _trained(args.model)
     with _quiet():
         scores = score_rows(model, tokenizer, rows, **_scoring(args))
     lines = [
-        json.dumps({**row, "scores": s, "chosen": None if s is None else chosen(s)},
-                   ensure_ascii=False) + "\n"
+        _json({**row, "scores": s, "chosen": None if s is None else chosen(s)}) + "\n"
         for row, s in zip(rows, scores, strict=True)
     ]  # fmt: skip
     if args.output == "-":
@@ -420,6 +420,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from fastrm.evaluate import evaluate_rows
 
     rows = read_rows(args.file)
+    if args.json:
+        _touch(Path(args.json))
     model, tokenizer = _trained(args.model)
     with _quiet():
         found = evaluate_rows(model, tokenizer, rows, **_scoring(args))
@@ -574,6 +576,25 @@ def _directory(name: str) -> Path:
     except OSError as e:
         raise UserError(f"--output-dir {name}: {e.strerror}") from None
     return Path(name)
+
+
+def _json(row: Mapping[str, Any]) -> str:
+    """One line, readable in any script; escaped where a column holds what UTF-8 cannot."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return text
+
+
+def _touch(path: Path) -> None:
+    """Fail now if the file cannot be written; what it holds stays."""
+    try:
+        with path.open("a"):
+            pass
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
 
 
 def _write(path: Path, text: str) -> None:

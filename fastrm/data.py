@@ -71,6 +71,8 @@ def read_rows(path: str | Path, labelled: bool = True) -> list[Row]:
         except json.JSONDecodeError as e:
             raise DataError(f"{where}: expected a JSON object on one line, got broken JSON: "
                             f"{e.msg} at character {e.colno}") from None  # fmt: skip
+        except (ValueError, RecursionError) as e:  # a number or a nesting beyond all use
+            raise DataError(f"{where}: expected a JSON object on one line, got: {e}") from None
         _check_row(row, where, labelled)
         rows.append(row)
     if not rows:
@@ -148,17 +150,19 @@ def _check_row(row: Any, where: str, labelled: bool) -> None:
 
 
 def _is_text(value: Any) -> bool:
-    if isinstance(value, str):
-        return True
+    if isinstance(value, str):  # half of a surrogate pair, from text that was cut, is no text
+        return not any("\ud800" <= c <= "\udfff" for c in value)
     return isinstance(value, list) and bool(value) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        isinstance(m, dict) and isinstance(m.get("role"), str)
+        and isinstance(m.get("content"), str) and _is_text(m["content"])
         for m in value
     )  # fmt: skip
 
 
 def _is_number(value: Any, kind: type) -> bool:
     kinds = (int,) if kind is int else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    # The batches are fp32; NaN fails the comparison too.
+    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= 3.4e38
 
 
 def row_target(row: Row) -> int | np.ndarray | None:
@@ -346,7 +350,9 @@ class RaggedCollator:
             batch["margin"] = torch.from_numpy(np.concatenate(filled))
         weights = [e["weight"] for e in examples]
         if any(w is not None for w in weights):
-            batch["group_weight"] = torch.tensor([1.0 if w is None else w for w in weights])
+            batch["group_weight"] = torch.tensor(
+                [1.0 if w is None else w for w in weights], dtype=torch.float32
+            )
         return batch
 
 

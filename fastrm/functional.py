@@ -98,8 +98,8 @@ def listwise_loss(
         with torch.autocast(hidden.device.type, enabled=False):
             scores = score_ref(hidden, weight, shift, rows)
             loss = listwise_loss_ref(
-                scores, offsets, target, margin, group_weight, num_items, temperature,
-                label_smoothing, center_coef, reduction,
+                scores, offsets, target.detach(), _constant(margin), _constant(group_weight),
+                _constant(num_items), temperature, label_smoothing, center_coef, reduction,
             )  # fmt: skip
         scores = scores.detach()
     else:
@@ -193,6 +193,10 @@ def score(
         raise
 
 
+def _constant(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.detach()
+
+
 def _refuse(name: str, expected: str, got: Any) -> NoReturn:
     raise ValueError(f"{name} must {expected}, got {got}")
 
@@ -281,6 +285,7 @@ def _check_groups(
     if num_items_in_batch is None or reduction != "mean":
         return None
     if isinstance(num_items_in_batch, Tensor):
+        _check_tensor("num_items_in_batch", num_items_in_batch, _INTS + _FLOATS)
         if num_items_in_batch.dim() != 0:
             _refuse("num_items_in_batch", "be an int or a 0-d tensor",
                     f"shape {tuple(num_items_in_batch.shape)}")  # fmt: skip
@@ -290,8 +295,8 @@ def _check_groups(
             "num_items_in_batch must be an int or a 0-d tensor, "
             f"got {type(num_items_in_batch).__name__}"
         )
-    if num_items_in_batch < 1:
-        _refuse("num_items_in_batch", "be at least 1", num_items_in_batch)
+    if not 1 <= num_items_in_batch < 2**63:
+        _refuse("num_items_in_batch", "be at least 1, and below 2^63", num_items_in_batch)
     return torch.full((), num_items_in_batch, dtype=torch.int64, device=device)
 
 
@@ -300,6 +305,7 @@ def _first(bad: Tensor) -> int:
 
 
 def _check_rows(rows: Tensor, T: int) -> None:
+    rows = rows.long()
     bad = (rows < 0) | (rows >= T)
     if bad.any():
         i = _first(bad)
@@ -329,6 +335,7 @@ def _check_values(
     if int(offsets[N]) != M:
         _refuse(f"offsets[{N}]", f"be {M}, the number of candidates", int(offsets[N]))
     sizes = offsets.long().diff()
+    target = target if target.dtype in _FLOATS else target.long()
     if (sizes < 1).any():
         n = _first(sizes < 1)
         raise ValueError(

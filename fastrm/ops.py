@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastrm import backends
 
@@ -50,6 +51,8 @@ def score(
 
 
 def _wants_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return True  # so that forward mode is refused, not answered with no tangent
     return torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
@@ -70,8 +73,7 @@ class _ListwiseLoss(torch.autograd.Function):
         )  # fmt: skip
         # Where one pass cannot weigh the rows for dweight, backward reads hidden again.
         again = hidden if needs_dweight and fused.reads_twice(options[3], options[2]) else None
-        groups = (offsets, target, rows, margin, group_weight)
-        ctx.save_for_backward(weight, bias, again, *groups, *state)
+        ctx.save_for_backward(weight, bias, again, rows, *state)
         ctx.mark_non_differentiable(scores)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         ctx.options, ctx.backend = options, backend
@@ -79,10 +81,11 @@ class _ListwiseLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        weight, bias, hidden, *rest = ctx.saved_tensors
+        _refuse_second_order()
+        weight, bias, hidden, rows, *state = ctx.saved_tensors
         grads = backends.FUSED[ctx.backend].listwise_bwd(
-            grad, weight, tuple(rest[:5]), tuple(rest[5:]), hidden, ctx.shape, ctx.dtype,
-            ctx.options, *ctx.needs_input_grad[:3],
+            grad, weight, rows, tuple(state), hidden, ctx.shape, ctx.dtype, ctx.options,
+            *ctx.needs_input_grad[:3],
         )  # fmt: skip
         return *_asked(ctx, grads, bias), *(None,) * 8
 
@@ -99,11 +102,20 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_order()
         hidden, weight, bias, rows = ctx.saved_tensors
         grads = backends.FUSED[ctx.backend].score_bwd(
             grad, hidden, weight, rows, *ctx.needs_input_grad[:3]
         )
         return *_asked(ctx, grads, bias), None, None
+
+
+def _refuse_second_order() -> None:
+    """The gradients here have no graph of their own: with create_graph they would look constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "the fused backends are differentiable once; create_graph=True needs backend='torch'"
+        )
 
 
 def _asked(

@@ -33,26 +33,33 @@ def listwise_loss_ref(
 ) -> Tensor:
     """Segmented softmax cross entropy; a group whose target or offsets are invalid gives NaN."""
     M, N = scores.shape[0], offsets.shape[0] - 1
-    first, size = offsets[:-1].long(), offsets.diff().long()
+    first, size = offsets[:-1].long(), offsets.long().diff()
     i = torch.arange(M, device=scores.device)
     group = torch.searchsorted(offsets[1:].contiguous(), i, right=True).clamp(max=max(N - 1, 0))
+    # Serial fp32 sums lose a digit every few hundred candidates. (MPS has no fp64.)
+    wide = torch.float32 if scores.device.type == "mps" else torch.float64
 
     def total(x: Tensor) -> Tensor:
-        return x.new_zeros(N).index_add(0, group, x)
+        return x.new_zeros(N, dtype=wide).index_add(0, group, x.to(wide)).to(x.dtype)
+
+    def spread(x: Tensor) -> Tensor:  # index_select: the backward of x[group] is in no fixed order
+        return x.index_select(0, group)
 
     if target.is_floating_point():
         q, counted = target.to(scores.dtype), torch.ones_like(size, dtype=torch.bool)
-        valid = size > 0
+        valid = (size > 0) & ((total(q) - 1).abs() <= 2e-2) & (total((q < 0).to(q.dtype)) == 0)
     else:
-        q = (i - first[group] == target.long()[group]).to(scores.dtype)
+        target = target.long()
+        q = (i - spread(first) == spread(target)).to(scores.dtype)
         counted = target != -100
         valid = (size > 0) & (~counted | ((target >= 0) & (target < size)))
     z = scores if margin is None else scores + torch.where(q > 0, 0, margin.to(scores.dtype))
     z = z / temperature
-    q = (1 - label_smoothing) * q + label_smoothing / size[group].to(q.dtype)
+    q = (1 - label_smoothing) * q + label_smoothing / spread(size).to(q.dtype)
     top = z.new_full((N,), -torch.inf).scatter_reduce(0, group, z.detach(), "amax")
-    lse = top + total((z - top[group]).exp()).log()
-    loss = total(q * (lse[group] - z))
+    log_sum = total((z - spread(top)).exp()).log()
+    # From differences to the maximum: a log-sum-exp as large as the scores would round them away.
+    loss = total(torch.where(q > 0, q * (spread(log_sum) - (z - spread(top))), 0))
     if center_coef:
         loss = loss + center_coef * (2 * total(scores) / size).square()
     if group_weight is not None:
@@ -60,7 +67,7 @@ def listwise_loss_ref(
     loss = torch.where(counted, loss, 0).masked_fill(~valid, torch.nan)
     if reduction == "none":
         return loss
-    if N and not scores.is_cpu:  # broken offsets can hide in valid-looking groups
+    if N:  # broken offsets can hide in valid-looking groups
         broken = (offsets[0] != 0) | (offsets[-1] != M)
         loss = loss.masked_fill(broken, torch.nan)
     if reduction == "sum":

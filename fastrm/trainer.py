@@ -119,6 +119,15 @@ class RewardConfig(TrainingArguments):
             if not fits:
                 raise ValueError(f"{name} must {expected}, got {getattr(self, name)!r}")
 
+        need(self.learning_rate >= 0, "learning_rate", "be 0 or more")
+        need(self.per_device_train_batch_size > 0, "per_device_train_batch_size", "be above 0")
+        need(self.per_device_eval_batch_size > 0, "per_device_eval_batch_size", "be above 0")
+        need(self.gradient_accumulation_steps > 0, "gradient_accumulation_steps", "be above 0")
+        need(0 <= self.seed < 2**32, "seed", "be from 0 to 2^32 - 1")
+        need(self.max_steps > 0 or self.max_steps == -1, "max_steps",
+             "be above 0, or -1 for epochs")  # fmt: skip
+        need(self.model_dtype in ("auto", "float32", "bfloat16", "float16"), "model_dtype",
+             "be auto, float32, bfloat16 or float16")  # fmt: skip
         need(self.max_length is None or self.max_length > 0, "max_length", "be above 0")
         need(0 < self.temperature < float("inf"), "temperature", "be a finite number above 0")
         center = self.center_rewards_coefficient

@@ -37,17 +37,18 @@ class TritonBackend:
     def listwise_fwd(self, *args: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         run = _listwise_fwd_op if torch.compiler.is_compiling() else _listwise_fwd
         loss, scores, *state = run(*args)
-        return loss, scores, (scores, *state)
+        _, _, _, offsets, target, _, margin, group_weight, *_ = args
+        return loss, scores, (offsets, target, margin, group_weight, scores, *state)
 
     def listwise_bwd(
-        self, grad: Tensor, weight: Tensor, groups: tuple[Any, ...],
-        state: tuple[Tensor, ...], hidden: Tensor | None, shape: Any, dtype: torch.dtype,
+        self, grad: Tensor, weight: Tensor, chosen: Tensor | None,
+        state: tuple[Any, ...], hidden: Tensor | None, shape: Any, dtype: torch.dtype,
         options: tuple[float, float, float, str],
         needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
     ) -> list[Tensor]:  # fmt: skip
         run: Any = _listwise_bwd_op if torch.compiler.is_compiling() else _listwise_bwd
         return run(
-            grad, weight, *groups, *state, hidden, shape, dtype, *options,
+            grad, weight, chosen, *state, hidden, shape, dtype, *options,
             needs_dhidden, needs_dweight, needs_dbias,
         )  # fmt: skip
 
@@ -196,8 +197,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _listwise_bwd(
-    grad: Tensor, weight: Tensor, offsets: Tensor, target: Tensor,
-    chosen: Optional[Tensor], margin: Optional[Tensor],  # noqa: UP045
+    grad: Tensor, weight: Tensor, chosen: Optional[Tensor], offsets: Tensor,  # noqa: UP045
+    target: Tensor, margin: Optional[Tensor],  # noqa: UP045
     group_weight: Optional[Tensor], scores: Tensor, stats: Tensor, divisor: Tensor,  # noqa: UP045
     pieces: Tensor, marks: Tensor, partial: Tensor, inverse: Tensor,
     hidden: Optional[Tensor], shape: list[int], dtype: torch.dtype,  # noqa: UP045
@@ -301,7 +302,7 @@ def _(
 
 @_listwise_bwd_op.register_fake
 def _(
-    grad, weight, offsets, target, chosen, margin, group_weight, scores, stats, divisor, pieces,
+    grad, weight, chosen, offsets, target, margin, group_weight, scores, stats, divisor, pieces,
     marks, partial, inverse, hidden, shape, dtype, temperature, label_smoothing, center_coef,
     reduction, needs_dhidden, needs_dweight, needs_dbias,
 ):  # fmt: skip

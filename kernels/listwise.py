@@ -211,10 +211,11 @@ def _listwise_fwd_kernel(
         was_open = g == n
         m = tl.max(tl.where(same, z[None, :], float("-inf")), axis=1)
         m = tl.where(was_open, tl.maximum(m, m_open), m)
-        e = tl.exp(z - m)
+        e = tl.where(z == float("-inf"), 0.0, tl.exp(z - m))
         s_all = tl.sum(tl.where(same, e[None, :], 0.0), axis=1)
         s_all += tl.where(was_open, s_open * _shift(m_open, m), 0.0)
-        k = tl.sum(tl.where(same, (smooth * (z - m))[None, :], 0.0), axis=1)
+        term = tl.where(smooth == 0, 0.0, smooth * (z - m))
+        k = tl.sum(tl.where(same, term[None, :], 0.0), axis=1)
         k += tl.where(was_open, _moved(k_open, q_open, m_open, m), 0.0)
         Q = tl.sum(tl.where(same, smooth[None, :], 0.0), axis=1)
         Q += tl.where(was_open, q_open, 0.0)
@@ -474,7 +475,7 @@ def _listwise_bwd_kernel(
             stat = stats_ptr + g
             m = tl.load(stat, mask=ok, other=0.0)
             log_s = tl.load(stat + N, mask=ok, other=0.0)
-            p = tl.exp(z - m - log_s)
+            p = tl.where(z == float("-inf"), 0.0, tl.exp(z - m - log_s))
             if SOFT or CENTER:
                 p *= tl.load(stat + 2 * N, mask=ok, other=0.0)
             coef = (p - smooth) / temperature

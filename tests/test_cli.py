@@ -219,7 +219,7 @@ def train(*arguments: str) -> list[str]:
         (train("--model", "nowhere/tiny"), "cannot load model nowhere/tiny"),
         (train("--model", "o-empty"), "model o-empty: expected a directory with config.json"),
         (train("--output-dir", "rows.jsonl"), "--output-dir rows.jsonl: File exists"),
-        (train("--resume-from-checkpoint", "none"), "none: no such directory"),
+        (train("--resume-from-checkpoint", "none"), "none: expected a checkpoint"),
         (train("--config", "none.yaml"), "none.yaml: No such file"),
         (train("--config", "broken.yaml"), "broken.yaml: expected YAML"),
         (train("--config", "list.yaml"), "list.yaml: expected `name: value` lines, got list"),

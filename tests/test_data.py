@@ -50,6 +50,8 @@ BAD = [
     (GOOD | {"weight": float("nan")}, "column 'weight'", "got nan"),
     (GOOD | {"margin": [1, 2]}, "column 'margin': expected 3 finite numbers", "got [1, 2]"),
     (GOOD | {"margin": "x"}, "column 'margin'", "got 'x'"),
+    (GOOD | {"weight": 1e39}, "column 'weight'", "got 1e+39"),
+    (GOOD | {"labels": [1e308, 1e308, 10**400]}, "column 'labels'", "got [1e+308"),
     ([1, 2], "expected a JSON object", "got list"),
 ]
 
@@ -86,6 +88,24 @@ def test_broken_files_are_named(tmp_path):
     for rows in ("text", GOOD, iter([GOOD])):
         with pytest.raises(DataError, match="expected a list of rows"):
             check_rows(rows)
+
+
+def test_what_json_allows_and_nobody_can_read(tmp_path):
+    file = tmp_path / "x.jsonl"
+    cut = '{"prompt": "cut \\ud83d", "candidates": ["a"], "best": 0}'  # half of an emoji
+    for line in ("1" * 5000, "[" * 100_000, cut):
+        file.write_text(line)
+        with pytest.raises(DataError, match="x.jsonl:1: "):
+            read_rows(file)
+
+
+def test_whole_numbers_are_weights_too():
+    rows = [GOOD | {"weight": 2}, GOOD | {"weight": 0}]
+    tokenizer = make_tokenizer()
+    examples = [tokenize_row(tokenizer, row, None, pairs=False) for row in rows]
+    batch = RaggedCollator(tokenizer.pad_token_id, last_token=True)(examples)
+    assert batch["group_weight"].dtype == torch.float32
+    assert batch["group_weight"].tolist() == [2.0, 0.0]
 
 
 def test_good_rows_come_back_whole(tmp_path):

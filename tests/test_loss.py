@@ -281,6 +281,72 @@ def test_index_dtypes(backend: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(got[k], expected[k]) for k in expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_candidates_masked_with_minus_infinity(backend: str) -> None:
+    d = DEVICE[backend]
+    scores = torch.randn(700, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores[:300] = -math.inf
+    scores[300:600:2] = -math.inf
+    exact = F.cross_entropy(scores[None], torch.tensor([699]))
+    x = scores.to(d).requires_grad_()
+    loss = fastrm.listwise_loss_from_scores(
+        x, offsets=torch.tensor([0, 700], device=d), target=torch.tensor([699], device=d),
+        backend=backend,
+    )  # fmt: skip
+    assert abs(float(loss) - float(exact)) < 1e-12
+    (dscores,) = torch.autograd.grad(loss, x)
+    expected = scores.softmax(0) - F.one_hot(torch.tensor(699), 700)
+    torch.testing.assert_close(dscores.cpu(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_what_the_fused_backward_cannot_do_is_refused(backend: str) -> None:
+    p = on(make([4], 3), backend)
+    hidden, weight, _ = p._leaves()
+    kw: dict[str, Any] = dict(offsets=p.offsets, target=p.target, backend=backend)
+    for value in (fastrm.listwise_loss(hidden, weight, **kw),
+                  fastrm.score(hidden, weight, backend=backend).sum()):  # fmt: skip
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(value, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="forward mode AD|jvp"):
+        torch.func.jvp(lambda h: fastrm.listwise_loss(h, weight.detach(), **kw),
+                       (p.hidden,), (p.hidden,))  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_head_is_differentiated(backend: str) -> None:
+    p = on(make([3, 2], 4, soft=True, margin=True, group_weight=True), backend)
+    constants = [p.options["margin"], p.options["group_weight"], p.target]
+    for x in constants:
+        x.requires_grad_()
+    loss = fastrm.listwise_loss(
+        p.hidden, p.weight, offsets=p.offsets, target=p.target, backend=backend, **p.options
+    )
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_narrow_index_dtypes_reach_past_their_range(backend: str) -> None:
+    scores = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    got = fastrm.listwise_loss_from_scores(
+        scores, offsets=torch.tensor([0, 200]), target=torch.tensor([156], dtype=torch.uint8),
+        backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(got, F.cross_entropy(scores[None], torch.tensor([156])))
+    rows = torch.tensor([5, 100, 1], dtype=torch.int8)
+    hidden = torch.randn(400, 3)
+    found = fastrm.score(hidden, torch.ones(3), rows=rows, backend=backend)
+    torch.testing.assert_close(found, hidden[rows.long()].sum(1))
+
+
+def test_score_gradients_do_not_depend_on_the_default_device() -> None:
+    with torch.device("meta"):
+        hidden = torch.ones(4, 3, device="cpu")
+        weight = torch.ones(3, device="cpu", requires_grad=True)
+        (dweight,) = torch.autograd.grad(fastrm.score(hidden, weight).sum(), weight)
+    assert torch.equal(dweight, torch.full((3,), 4.0, device="cpu"))
+
+
 HOSTILE: dict[str, dict[str, Any]] = {
     "offsets fall": {"offsets": [0, 70, 30, 100]},
     "offsets huge": {"offsets": [0, 2**40, 2**50, 100]},
@@ -302,16 +368,17 @@ def test_unchecked_hostile_input_gives_nan(bad: dict[str, Any], D: int, reductio
     p = on(make([10, 30, 60], D).to(torch.float32), "triton")
     backends.choose(device, "triton")
     x = {k: torch.tensor(v, device=device) for k, v in bad.items()}
-    groups = (x.get("offsets", p.offsets), x.get("target", p.target), x.get("rows"), None, None)
+    offsets, target, chosen = (x.get(k, getattr(p, k, None)) for k in ("offsets", "target", "rows"))
     triton = backends.FUSED["triton"]
     loss, scores, state = triton.listwise_fwd(
-        p.hidden, p.weight, p.bias, *groups, None, 1.0, 0.0, 0.0, reduction, True, True
-    )
+        p.hidden, p.weight, p.bias, offsets, target, chosen, None, None, None, 1.0, 0.0, 0.0,
+        reduction, True, True,
+    )  # fmt: skip
     assert loss.isnan().any()
     dhidden, dweight, _ = triton.listwise_bwd(
-        torch.ones_like(loss), p.weight, groups, state, p.hidden, p.hidden.shape, torch.float32,
+        torch.ones_like(loss), p.weight, chosen, state, p.hidden, p.hidden.shape, torch.float32,
         (1.0, 0.0, 0.0, reduction), True, True, False,
-    )
+    )  # fmt: skip
     assert dhidden.isnan().any() and dweight.isnan().any()
 
 
