@@ -220,6 +220,10 @@ def train(*arguments: str) -> list[str]:
         (train("--model", "o-empty"), "model o-empty: expected a directory with config.json"),
         (train("--output-dir", "rows.jsonl"), "--output-dir rows.jsonl: File exists"),
         (train("--resume-from-checkpoint", "none"), "none: expected a checkpoint"),
+        (train("--learning-rate", "-1"), "learning_rate must be 0 or more"),
+        (train("--max-steps", "0"), "max_steps must be above 0"),
+        (train("--seed", "-1"), "seed must be from 0"),
+        (train("--model-dtype", "foo"), "model_dtype must be auto, float32"),
         (train("--config", "none.yaml"), "none.yaml: No such file"),
         (train("--config", "broken.yaml"), "broken.yaml: expected YAML"),
         (train("--config", "list.yaml"), "list.yaml: expected `name: value` lines, got list"),
@@ -251,6 +255,16 @@ def test_mistakes(here, monkeypatch, capsys, arguments, message):
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(message, error), error
     assert error.startswith("fastrm")
+
+
+def test_a_mistake_leaves_the_output_file_alone(here, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file = here / "kept.jsonl"
+    file.write_text('{"prompt": "p", "candidates": ["a"]}\n')
+    before = file.read_text()
+    name, model = str(file), str(here / "no-model")
+    assert cli.main(["score", "--model", model, "--input", name, "--output", name]) == 2
+    assert "no-model" in capsys.readouterr().err and file.read_text() == before
 
 
 def test_a_mistake_in_a_process_of_its_own(here):
