@@ -334,7 +334,7 @@ def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> Non
             trainer = fastrm.RewardTrainer(
                 model, config, train_rows, eval_rows, processing_class=tokenizer
             )
-        except ValueError as e:
+        except (ValueError, RuntimeError) as e:  # RuntimeError: a --report-to that is not installed
             raise UserError(_first_line(e)) from None
     _show_progress(trainer)
     started = time.perf_counter()

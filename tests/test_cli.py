@@ -221,6 +221,7 @@ def train(*arguments: str) -> list[str]:
         (train("--output-dir", "rows.jsonl"), "--output-dir rows.jsonl: File exists"),
         (train("--resume-from-checkpoint", "none"), "none: expected a checkpoint"),
         (train("--learning-rate", "-1"), "learning_rate must be 0 or more"),
+        (train("--report-to", "nowhere"), "nowhere"),
         (train("--max-steps", "0"), "max_steps must be above 0"),
         (train("--seed", "-1"), "seed must be from 0"),
         (train("--model-dtype", "foo"), "model_dtype must be auto, float32"),
