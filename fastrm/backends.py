@@ -1,4 +1,6 @@
-"""Which backend runs, and why the others do not. The only file that reads the environment.
+"""Which backend runs, and why the others do not.
+
+Once installed, this is the only file of the losses that reads the environment:
 
 FASTRM_BACKEND    triton | cpp | torch: the backend when a call names none
 FASTRM_BUILD_CPP  auto | 1 | 0: build the C++ kernels when missing (1: an error if that fails)
