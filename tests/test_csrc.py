@@ -167,20 +167,18 @@ def assert_close(
     )  # fmt: skip
     # One ulp of what each result is made of: scores are sums of D products, coefficients are
     # differences of probabilities as exact as the scores, gradients are coefficients times rows.
-    # In float64 the truth and both contenders add up K such errors each.
     eps, w64 = torch.finfo(A).eps, weight.double()
     h64 = hidden.double().reshape(-1, hidden.shape[-1])
     score_ulp = eps * max((h64.abs() @ w64.abs().reshape(-1)).nan_to_num().max().item(), 1.0)
-    sum_ulp = score_ulp * (math.sqrt(max(sizes)) if A == torch.float64 else 1.0)
     temperature, center = options.get("temperature", 1.0), options.get("center_coef", 0.0)
     share = 1.0 if grad is None else grad.abs().max().item()
     share *= options.get("group_weight", torch.ones(1)).abs().max().item()
     if options.get("reduction", "mean") == "mean":
         counted = len(sizes) if target.is_floating_point() else (target >= 0).sum().item()
         share /= options.get("num_items", max(counted, 1))
-    coef_ulp = sum_ulp * share * (1 / temperature**2 + 8 * center)
+    coef_ulp = score_ulp * share * (1 / temperature**2 + 8 * center)
     floors = {
-        "loss": sum_ulp * share * (1 / temperature + 8 * center * exact[1].abs().max().item()),
+        "loss": score_ulp * share * (1 / temperature + 8 * center * exact[1].abs().max().item()),
         "scores": score_ulp,
         "dhidden": coef_ulp * w64.abs().max().item(),
         "dweight": coef_ulp * h64.nan_to_num().abs().max().item() * math.sqrt(len(sizes)),
