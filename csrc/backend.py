@@ -1,16 +1,13 @@
-"""The C++ kernels as a fused backend: names and argument order for the autograd functions."""
+"""The C++ operators, loaded: `listwise_loss` and `score` differentiate themselves."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from fastrm_csrc import build
 from torch import Tensor
-
-Options = tuple[float, float, float, str]  # temperature, label_smoothing, center_coef, reduction
 
 
 class CppBackend:
@@ -20,56 +17,14 @@ class CppBackend:
         build.load(build_mode, cache_dir)
         _register_fakes()
         # An overload is called directly: the packet would look it up by the arguments' types.
-        self.score_fwd = torch.ops.fastrm_cpp.score.default
-        self._fwd = torch.ops.fastrm_cpp.listwise_fwd.default
-        self._bwd = torch.ops.fastrm_cpp.rank1_bwd.default
-
-    def listwise_fwd(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor,
-        target: Tensor, rows: Tensor | None, margin: Tensor | None, group_weight: Tensor | None,
-        num_items: Tensor | None, temperature: float, label_smoothing: float, center_coef: float,
-        reduction: str, needs_grad: bool, needs_dweight: bool,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
-        """The loss, the scores, and (coef, dweight for a unit gradient or offsets)."""
-        loss, scores, coef, dweight = self._fwd(
-            hidden, weight, bias, offsets, target, rows, margin, group_weight, num_items,
-            temperature, label_smoothing, center_coef, reduction, needs_grad, needs_dweight,
-        )  # fmt: skip
-        return loss, scores, (coef, offsets if reduction == "none" else dweight)
-
-    @staticmethod
-    def reads_twice(reduction: str, center_coef: float) -> bool:
-        """Per-group gradients come after forward; centring is known within its one pass."""
-        return reduction == "none"
-
-    def listwise_bwd(
-        self, grad: Tensor, weight: Tensor, rows: Tensor | None, state: tuple[Any, ...],
-        hidden: Tensor | None, shape: torch.Size, dtype: torch.dtype, options: Options,
-        needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        coef, other = state
-        again = options[3] == "none"
-        return self._bwd(
-            grad, coef, other if again else None, weight, rows, hidden,
-            other if needs_dweight and not again else None, shape, dtype,
-            needs_dhidden, needs_dweight, needs_dbias, options[2] == 0,
-        )  # fmt: skip
-
-    def score_bwd(
-        self, grad: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor | None,
-        needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return self._bwd(
-            torch.ones((), device="cpu"), grad, None, weight, rows, hidden, None, hidden.shape,
-            hidden.dtype,
-            needs_dhidden, needs_dweight, needs_dbias, False,
-        )  # fmt: skip
+        self.score = torch.ops.fastrm_cpp.score.default
+        self.listwise_loss = torch.ops.fastrm_cpp.listwise_loss.default
 
 
 def _register_fakes() -> None:
     """Shapes and dtypes of the operators' results, for `torch.compile`."""
 
-    @torch.library.register_fake("fastrm_cpp::score")
+    @torch.library.register_fake("fastrm_cpp::score_fwd")
     def _(hidden, weight, bias, rows):
         return hidden.new_empty(_candidates(hidden, rows), dtype=_accumulator(hidden))
 

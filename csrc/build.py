@@ -79,14 +79,14 @@ def _ninja_file(compiler: str, name: str) -> str:
         "  depfile = $out.d",
         "rule link",
         f"  command = {compiler} -shared $in -L{torch_dir}/lib -ltorch_cpu -lc10 -o $out",
-        f"build ops.o: cxx {SOURCE_DIR}/ops.cpp",
-        f"  flags = {include}",
     ]
+    for name_ in ("ops", "autograd"):
+        lines += [f"build {name_}.o: cxx {SOURCE_DIR}/{name_}.cpp", f"  flags = {include}"]
     for isa in _isas():
         lines.append(f"build kernels_{isa}.o: cxx {SOURCE_DIR}/kernels.cpp")
         lines.append(f"  flags = -DFASTRM_ISA={isa} {ISA_FLAGS[isa]}")
     objects = " ".join(f"kernels_{isa}.o" for isa in _isas())
-    lines.append(f"build {name}: link ops.o {objects}")
+    lines.append(f"build {name}: link ops.o autograd.o {objects}")
     return "\n".join(lines) + "\n"
 
 

@@ -127,19 +127,6 @@ inline void store_raw(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// The last, partial vector of a row: never reads or writes past it.
-template <class T>
-inline Vec<Acc<T>> load_tail(const T* p, int64_t n) {
-  T buffer[LANES<Acc<T>>] = {};
-  __builtin_memcpy(buffer, p, n * sizeof(T));
-  return load(buffer);
-}
-template <class T>
-inline void store_tail(T* p, Vec<Acc<T>> v, int64_t n) {
-  auto narrowed = narrow(v, T{});
-  __builtin_memcpy(p, &narrowed, n * sizeof(T));
-}
-
 template <class A>
 inline A lane_sum(Vec<A> v) {
   A lanes[LANES<A>];
@@ -149,41 +136,108 @@ inline A lane_sum(Vec<A> v) {
   return lanes[0];
 }
 
-// ROWS dot products at once. Two accumulators a row, emptied every SPAN vectors into a total:
+// Two vectors of a row, in the order that is cheapest to widen: with AVX-512 bf16 comes as the even
+// and the odd elements, a shift and a mask, where the natural order takes a shuffle for each vector.
+template <class A>
+struct Pair {
+  Vec<A> lo, hi;
+};
+
+template <class T>
+inline Pair<Acc<T>> load_pair(const T* p) {
+  return {load(p), load(p + LANES<Acc<T>>)};
+}
+// Accumulation-type elements in the order of load_pair<T>, and back.
+template <class T>
+inline Pair<Acc<T>> to_pair(Pair<Acc<T>> v) {
+  return v;
+}
+template <class T>
+inline Pair<Acc<T>> from_pair(Pair<Acc<T>> v) {
+  return v;
+}
+#if defined(__AVX512F__)
+template <>
+inline Pair<float> load_pair(const bf16* p) {
+  U32 both = load_raw<U32>(p);
+  return {(Vec<float>)(both << 16), (Vec<float>)(both & 0xffff0000)};
+}
+inline Pair<float> shuffled(Pair<float> v, __m512i lo, __m512i hi) {
+  return {(Vec<float>)_mm512_permutex2var_ps((__m512)v.lo, lo, (__m512)v.hi),
+          (Vec<float>)_mm512_permutex2var_ps((__m512)v.lo, hi, (__m512)v.hi)};
+}
+template <>
+inline Pair<float> to_pair<bf16>(Pair<float> v) {
+  return shuffled(
+      v, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+      _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+}
+template <>
+inline Pair<float> from_pair<bf16>(Pair<float> v) {
+  return shuffled(
+      v, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+}
+#endif
+
+template <class T>
+inline Pair<Acc<T>> load_pair_tail(const T* p, int64_t n) {
+  T buffer[2 * LANES<Acc<T>>] = {};
+  __builtin_memcpy(buffer, p, n * sizeof(T));
+  return load_pair(buffer);
+}
+
+template <class T>
+inline void store_pair(T* p, Vec<Acc<T>> lo, Vec<Acc<T>> hi) {
+  store_raw(p, narrow(lo, T{}));
+  store_raw(p + LANES<Acc<T>>, narrow(hi, T{}));
+}
+#if defined(__AVX512BF16__)
+template <>
+inline void store_pair(bf16* p, Vec<float> lo, Vec<float> hi) {
+  store_raw(p, _mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo));
+}
+#endif
+template <class T>
+inline void store_pair_tail(T* p, Vec<Acc<T>> lo, Vec<Acc<T>> hi, int64_t n) {
+  T buffer[2 * LANES<Acc<T>>];
+  store_pair(buffer, lo, hi);
+  __builtin_memcpy(p, buffer, n * sizeof(T));
+}
+
+// ROWS dot products at once. Two accumulators a row, emptied every SPAN pairs into a total:
 // short summation chains keep the error low at any D.
 template <class T, int ROWS>
 void project_rows(const T* const* rows, int64_t D, const Acc<T>* w, Acc<T> bias, Acc<T>* out) {
   using A = Acc<T>;
   using V = Vec<A>;
-  constexpr int64_t W = LANES<A>, SPAN = 64;
+  constexpr int64_t W2 = 2 * LANES<A>, SPAN = 32;
   V total[ROWS] = {};
   int64_t d = 0;
   while (d < D) {
-    V even[ROWS] = {}, odd[ROWS] = {};
-    int64_t left = (D - d) / W;
-    int64_t span = left < SPAN ? left : SPAN;
-    for (; span >= 2; span -= 2, d += 2 * W) {
-      V w0 = load(w + d), w1 = load(w + d + W);
+    V lo[ROWS] = {}, hi[ROWS] = {};
+    int64_t left = (D - d) / W2;
+    for (int64_t span = left < SPAN ? left : SPAN; span > 0; --span, d += W2) {
+      Pair<A> x = to_pair<T>(load_pair(w + d));
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
-        even[r] += load(rows[r] + d) * w0;
-        odd[r] += load(rows[r] + d + W) * w1;
+        Pair<A> h = load_pair(rows[r] + d);
+        lo[r] += h.lo * x.lo;
+        hi[r] += h.hi * x.hi;
       }
     }
-    if (span == 1) {
-      V w0 = load(w + d);
+    if (D - d < W2 && d < D) {
+      Pair<A> x = to_pair<T>(load_pair_tail(w + d, D - d));
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) even[r] += load(rows[r] + d) * w0;
-      d += W;
-    }
-    if (D - d < W && d < D) {
-      V w0 = load_tail(w + d, D - d);
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) odd[r] += load_tail(rows[r] + d, D - d) * w0;
+      for (int r = 0; r < ROWS; ++r) {
+        Pair<A> h = load_pair_tail(rows[r] + d, D - d);
+        lo[r] += h.lo * x.lo;
+        hi[r] += h.hi * x.hi;
+      }
       d = D;
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) total[r] += even[r] + odd[r];
+    for (int r = 0; r < ROWS; ++r) total[r] += lo[r] + hi[r];
   }
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) out[r] = lane_sum<A>(total[r]) + bias;
@@ -198,47 +252,62 @@ void project(
   if (i < n) project_rows<T, 1>(rows + i, D, w, bias, out + i);
 }
 
-// sum = (first ? 0 : sum) + Σ_r coef[r]·rows[r] over elements d:d+width. Each row is one long
-// sequential stream, which the prefetchers follow; narrow column tiles were slower.
+// sum = (first ? 0 : sum) + Σ_r coef[r]·rows[r] over elements d:d+width, in pair order. Each row is
+// one long sequential stream, which the prefetchers follow; narrow column tiles were slower, and
+// software prefetch of the rows that come next gained nothing.
 template <class T, int ROWS>
 void add_rows(
     const T* const* rows, const Acc<T>* coef, int64_t d, int64_t width, bool first, Acc<T>* sum) {
-  using V = Vec<Acc<T>>;
-  constexpr int64_t W = LANES<Acc<T>>;
+  using A = Acc<T>;
+  constexpr int64_t W2 = 2 * LANES<A>;
+  const T* p[ROWS];  // copies: sum might alias the originals
+  Vec<A> c[ROWS];
+  for (int r = 0; r < ROWS; ++r) p[r] = rows[r] + d, c[r] = Vec<A>{} + coef[r];
   int64_t v = 0;
-  for (; v + W <= width; v += W) {
-    V even = first ? V{} : load(sum + v), odd = {};
+  for (; v + W2 <= width; v += W2) {
+    Pair<A> s = first ? Pair<A>{} : load_pair(sum + v);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) (r % 2 ? odd : even) += load(rows[r] + d + v) * coef[r];
-    store_raw(sum + v, even + odd);
+    for (int r = 0; r < ROWS; ++r) {
+      Pair<A> h = load_pair(p[r] + v);
+      s.lo += h.lo * c[r];
+      s.hi += h.hi * c[r];
+    }
+    store_pair(sum + v, s.lo, s.hi);
   }
   if (v == width) return;
-  V even = first ? V{} : load(sum + v);
-  for (int r = 0; r < ROWS; ++r) even += load_tail(rows[r] + d + v, width - v) * coef[r];
-  store_raw(sum + v, even);
+  Pair<A> s = first ? Pair<A>{} : load_pair(sum + v);
+  for (int r = 0; r < ROWS; ++r) {
+    Pair<A> h = load_pair_tail(p[r] + v, width - v);
+    s.lo += h.lo * c[r];
+    s.hi += h.hi * c[r];
+  }
+  store_pair(sum + v, s.lo, s.hi);
 }
 
 template <class T>
 void accumulate(
     const T* const* rows, const Acc<T>* coef, int64_t n, int64_t D, Acc<T> beta, Acc<T>* acc) {
-  constexpr int64_t W = LANES<Acc<T>>, TILE = 1024;
-  alignas(64) Acc<T> sum[TILE];  // over this call's rows alone: keeps the summation two-level
+  using A = Acc<T>;
+  constexpr int64_t W2 = 2 * LANES<A>, TILE = 1024;
+  alignas(64) A sum[TILE];  // over this call's rows alone: keeps the summation two-level
   for (int64_t d = 0; d < D; d += TILE) {
     int64_t width = D - d < TILE ? D - d : TILE, i = 0;
     for (; i + 8 <= n; i += 8) add_rows<T, 8>(rows + i, coef + i, d, width, i == 0, sum);
     for (; i + 4 <= n; i += 4) add_rows<T, 4>(rows + i, coef + i, d, width, i == 0, sum);
     for (; i + 2 <= n; i += 2) add_rows<T, 2>(rows + i, coef + i, d, width, i == 0, sum);
     for (; i < n; ++i) add_rows<T, 1>(rows + i, coef + i, d, width, i == 0, sum);
-    Acc<T>* to = acc + d;
-    int64_t v = 0;
-    for (; v + W <= width; v += W) {
-      Vec<Acc<T>> total = n ? load(sum + v) : Vec<Acc<T>>{};
-      store_raw(to + v, beta == 0 ? total : load(to + v) * beta + total);
+    A* to = acc + d;
+    for (int64_t v = 0; v < width; v += W2) {
+      Pair<A> total = n ? from_pair<T>(load_pair(sum + v)) : Pair<A>{};
+      bool whole = v + W2 <= width;
+      if (beta != 0) {
+        Pair<A> old = whole ? load_pair(to + v) : load_pair_tail(to + v, width - v);
+        total.lo += old.lo * beta;
+        total.hi += old.hi * beta;
+      }
+      if (whole) store_pair(to + v, total.lo, total.hi);
+      else store_pair_tail(to + v, total.lo, total.hi, width - v);
     }
-    if (v == width) continue;
-    Vec<Acc<T>> total = n ? load(sum + v) : Vec<Acc<T>>{};
-    if (beta != 0) total += load_tail(to + v, width - v) * beta;
-    store_tail(to + v, total, width - v);
   }
 }
 
@@ -246,17 +315,24 @@ void accumulate(
 // Streaming stores took twice the time.
 template <class T>
 void rank1(T* out, const Acc<T>* scale, Acc<T> mul, int64_t n, int64_t D, const Acc<T>* w) {
-  using V = Vec<Acc<T>>;
-  constexpr int64_t W = LANES<Acc<T>>;
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t W2 = 2 * LANES<A>;
   for (int64_t i = 0; i < n; ++i, out += D) {
-    Acc<T> s = scale[i] * mul;
+    A s = scale[i] * mul;
     if (s == 0) {  // 0·inf must not make NaN in a row that takes no part
       __builtin_memset(out, 0, D * sizeof(T));
       continue;
     }
     int64_t d = 0;
-    for (; d + W <= D; d += W) store_raw(out + d, narrow((V)(load(w + d) * s), T{}));
-    if (d < D) store_tail(out + d, (V)(load_tail(w + d, D - d) * s), D - d);
+    for (; d + W2 <= D; d += W2) {
+      Pair<A> x = load_pair(w + d);
+      store_pair(out + d, (V)(x.lo * s), (V)(x.hi * s));
+    }
+    if (d < D) {
+      Pair<A> x = load_pair_tail(w + d, D - d);
+      store_pair_tail(out + d, (V)(x.lo * s), (V)(x.hi * s), D - d);
+    }
   }
 }
 

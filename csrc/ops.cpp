@@ -69,16 +69,27 @@ auto with_type(ScalarType dtype, const char* what, F&& f) {
 template <class A>
 constexpr ScalarType dtype_of = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
 
-// Tasks are handed out one by one: which thread runs one never changes its result.
+// Each thread starts on its own share of the tasks, whose rows may be in its cache from the last
+// call, and then helps the others. Which thread runs a task never changes its result.
 void run_parallel(int64_t n, const std::function<void(int64_t)>& task) {
   int64_t threads = std::min<int64_t>(n, at::get_num_threads());
   if (threads <= 1) {
     for (int64_t i = 0; i < n; ++i) task(i);
     return;
   }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) task(i);
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::unique_ptr<Share[]> shares(new Share[threads]);
+  for (int64_t s = 0; s < threads; ++s)
+    shares[s].next = n * s / threads, shares[s].end = n * (s + 1) / threads;
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+    for (int64_t s = 0; s < threads; ++s) {
+      Share& share = shares[(first + s) % threads];
+      for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+        task(i);
+    }
   });
 }
 
@@ -97,8 +108,9 @@ struct IndexArg {
 IndexArg index_arg(const Tensor& t, const char* name) {
   check_cpu(t, name);
   TORCH_CHECK_TYPE(
-      at::isIntegralType(t.scalar_type(), false), name, " must hold integers, got ",
-      t.scalar_type());
+      at::isIntegralType(t.scalar_type(), false) &&
+          !at::isBarebonesUnsignedType(t.scalar_type()),
+      name, " must hold integers, got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.dim() == 1, name, " must be 1-dimensional, got shape ", t.sizes());
   bool narrow = t.scalar_type() == ScalarType::Int;
   IndexArg arg;
@@ -107,6 +119,15 @@ IndexArg index_arg(const Tensor& t, const char* name) {
   static const int64_t nothing = 0; // an empty tensor's pointer is null
   arg.view = {arg.size ? arg.keep.const_data_ptr() : &nothing, !narrow};
   return arg;
+}
+
+void check_float(const Tensor& t, const char* name) {
+  check_cpu(t, name);
+  ScalarType dtype = t.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+          dtype == ScalarType::Double,
+      name, " must be float64, float32, bfloat16 or float16, got ", dtype);
 }
 
 // A float vector in the accumulation type.
@@ -120,9 +141,7 @@ template <class A>
 FloatArg<A> float_arg(const OptTensor& t, const char* name, int64_t size) {
   FloatArg<A> arg;
   if (!t) return arg;
-  check_cpu(*t, name);
-  TORCH_CHECK_TYPE(
-      t->is_floating_point(), name, " must be floating point, got ", t->scalar_type());
+  check_float(*t, name);
   TORCH_CHECK_VALUE(
       t->dim() == 1 && t->numel() == size, name, " must have shape (", size, ",), got ",
       t->sizes());
@@ -134,9 +153,15 @@ FloatArg<A> float_arg(const OptTensor& t, const char* name, int64_t size) {
 
 double scalar_arg(const Tensor& t, const char* name) {
   check_cpu(t, name);
-  TORCH_CHECK_VALUE(t.numel() == 1, name, " must hold one number, got shape ", t.sizes());
+  TORCH_CHECK_VALUE(
+      t.numel() == 1 && t.dim() <= 1, name, " must hold one number, got shape ", t.sizes());
   if (t.scalar_type() == ScalarType::Float) return *static_cast<const float*>(t.const_data_ptr());
   return t.item().toDouble();
+}
+
+double bias_arg(const Tensor& bias) {
+  check_float(bias, "bias");
+  return scalar_arg(bias, "bias");
 }
 
 // weight (D,) or (1, D) widened once to the accumulation type.
@@ -149,9 +174,7 @@ struct WeightArg {
 
 template <class A>
 WeightArg<A> weight_arg(const Tensor& weight, int64_t D) {
-  check_cpu(weight, "weight");
-  TORCH_CHECK_TYPE(
-      weight.is_floating_point(), "weight must be floating point, got ", weight.scalar_type());
+  check_float(weight, "weight");
   TORCH_CHECK_VALUE(
       weight.numel() == D && (weight.dim() == 1 || (weight.dim() == 2 && weight.size(0) == 1)),
       "weight must have shape (", D, ",) or (1, ", D, ") to match hidden, got ", weight.sizes());
@@ -294,7 +317,7 @@ Tensor score_typed(
   Rows<T> view = rows_view<T>(hidden, index);
   check_rows(index, view.count, true);
   WeightArg<A> w = weight_arg<A>(weight, D);
-  A b = bias ? A(scalar_arg(*bias, "bias")) : A(0);
+  A b = bias ? A(bias_arg(*bias)) : A(0);
   int64_t M = rows ? index.size : view.count;
   Tensor scores = at::detail::empty_cpu({M}, dtype_of<A>);
   int64_t step = task_rows(M, D), block = block_rows(D, sizeof(T));
@@ -379,7 +402,7 @@ Forward listwise_typed(
   ListwiseForward<T> forward;
   forward.hidden = view;
   forward.weight = w.data;
-  forward.bias = args.bias ? A(scalar_arg(*args.bias, "bias")) : A(0);
+  forward.bias = args.bias ? A(bias_arg(*args.bias)) : A(0);
   forward.loss = {
       off.view, best.view, soft.data, margin.data, group_weight.data,
       args.temperature, args.label_smoothing, args.center_coef, divisor};
@@ -407,7 +430,9 @@ Forward listwise_fwd(
   TORCH_CHECK_VALUE(
       label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1], got ",
       label_smoothing);
-  TORCH_CHECK_VALUE(std::isfinite(center_coef), "center_coef must be finite, got ", center_coef);
+  TORCH_CHECK_VALUE(
+      center_coef >= 0 && std::isfinite(center_coef), "center_coef must be finite and >= 0, got ",
+      center_coef);
   TORCH_CHECK_VALUE(
       reduction == "mean" || reduction == "sum" || reduction == "none",
       "reduction must be 'mean', 'sum' or 'none', got '", reduction, "'");
@@ -598,7 +623,7 @@ void set_huge_pages(bool on) {
 } // namespace fastrm
 
 TORCH_LIBRARY(fastrm_cpp, m) {
-  m.def("score(Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows) -> Tensor");
+  m.def("score_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows) -> Tensor");
   m.def(
       "listwise_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor offsets, Tensor target, "
       "Tensor? rows, Tensor? margin, Tensor? group_weight, Tensor? num_items, "
@@ -617,13 +642,13 @@ TORCH_LIBRARY(fastrm_cpp, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastrm_cpp, CPU, m) {
-  m.impl("score", &fastrm::score);
+  m.impl("score_fwd", &fastrm::score);
   m.impl("listwise_fwd", &fastrm::listwise_fwd);
   m.impl("rank1_bwd", &fastrm::rank1_bwd);
 }
 
 // The caller's autograd.Function differentiates; these ops never record anything themselves.
 TORCH_LIBRARY_IMPL(fastrm_cpp, Autograd, m) {
-  for (const char* op : {"score", "listwise_fwd", "rank1_bwd"})
+  for (const char* op : {"score_fwd", "listwise_fwd", "rank1_bwd"})
     m.impl(op, torch::CppFunction::makeFallthrough());
 }

@@ -2,7 +2,7 @@
 
 Once installed, this is the only file of the losses that reads the environment:
 
-FASTRM_BACKEND    triton | cpp | torch: the backend when a call names none
+FASTRM_BACKEND    triton | cpp | torch: the backend when a call names none (read at import)
 FASTRM_BUILD_CPP  auto | 1 | 0: build the C++ kernels when missing (1: an error if that fails)
 XDG_CACHE_HOME    where they are kept once built, in fastrm/ (default ~/.cache)
 FASTRM_CHECK      1: check values on CUDA too, at the price of a synchronisation
@@ -13,45 +13,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 log = logging.getLogger("fastrm")
 NAMES = ("triton", "cpp", "torch")
+_ASKED = os.environ.get("FASTRM_BACKEND")
 _CHECK_DEVICE_VALUES = os.environ.get("FASTRM_CHECK", "0") == "1"
-Options = tuple[float, float, float, str]  # temperature, label_smoothing, center_coef, reduction
-
-
-class Fused(Protocol):
-    """What a fused backend provides. Gradients nobody needs may come back as anything."""
-
-    def score_fwd(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
-    ) -> Tensor: ...
-
-    def score_bwd(
-        self, grad: Tensor, hidden: Tensor, weight: Tensor, rows: Tensor | None,
-        needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
-    ) -> Sequence[Tensor]: ...  # fmt: skip
-
-    def listwise_fwd(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor,
-        target: Tensor, rows: Tensor | None, margin: Tensor | None, group_weight: Tensor | None,
-        num_items: Tensor | None, temperature: float, label_smoothing: float, center_coef: float,
-        reduction: str, needs_grad: bool, needs_dweight: bool,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]: ...  # fmt: skip
-
-    def reads_twice(self, reduction: str, center_coef: float) -> bool: ...
-
-    def listwise_bwd(
-        self, grad: Tensor, weight: Tensor, rows: Tensor | None, state: tuple[Any, ...],
-        hidden: Tensor | None, shape: torch.Size, dtype: torch.dtype, options: Options,
-        needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
-    ) -> Sequence[Tensor]: ...  # fmt: skip
 
 
 class Status(NamedTuple):
@@ -60,7 +30,7 @@ class Status(NamedTuple):
     note: str
 
 
-FUSED: dict[str, Fused] = {}  # the fused backends that are loaded
+FUSED: dict[str, Any] = {}  # the fused backends that are loaded
 _REFUSED: dict[str, str] = {}  # those that cannot be, and why
 
 
@@ -71,7 +41,7 @@ def choose(device_type: str, requested: str | None = None) -> str:
         ValueError: no such backend.
         RuntimeError: the backend cannot run here, or not on this device.
     """
-    name = requested or os.environ.get("FASTRM_BACKEND")
+    name = requested or _ASKED
     if name is None:
         name = "triton" if device_type == "cuda" else "cpp" if device_type == "cpu" else "torch"
         return name if _load(name) else "torch"
@@ -144,7 +114,7 @@ def _build_mode() -> str:
     return mode
 
 
-def _load_triton() -> Fused:
+def _load_triton() -> Any:
     from fastrm_kernels.backend import TritonBackend
 
     if torch.cuda.is_available() and torch.version.hip is None:
@@ -154,7 +124,7 @@ def _load_triton() -> Fused:
     return TritonBackend()
 
 
-def _load_cpp() -> Fused:
+def _load_cpp() -> Any:
     from fastrm_csrc.backend import CppBackend
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastrm"

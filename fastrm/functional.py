@@ -17,6 +17,7 @@ from fastrm.reference import listwise_loss_ref, score_ref
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _REDUCTIONS = ("mean", "sum", "none")
+_PLAIN = (1.0, 0.0, 0.0)  # temperature, label_smoothing, center_coef
 IGNORE_INDEX = -100
 
 
@@ -83,15 +84,26 @@ def listwise_loss(
             FASTRM_CHECK=1 is set: there a group with invalid input gives NaN.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    T, D = _check_head(hidden, weight, bias, rows)
-    M = T if rows is None else rows.shape[0]
-    num_items = _check_groups(
-        M, hidden.device, offsets, target, temperature, label_smoothing, margin, group_weight,
-        center_coef, reduction, num_items_in_batch,
-    )  # fmt: skip
-    name = backends.choose(hidden.device.type, backend)
+    name = backends.choose(_device_type(hidden), backend)
+    groups = (offsets, target, rows, margin, group_weight)
+    options = (temperature, label_smoothing, center_coef, reduction)
+    if name == "cpp" and not torch.compiler.is_compiling():
+        # The operator checks everything itself; what it refuses is then said in the usual words.
+        try:
+            num_items = _divisor(num_items_in_batch, reduction, hidden.device)
+            if options[:3] != _PLAIN:
+                _check_options(*options)
+            loss, scores = ops.listwise_loss(
+                hidden, weight, bias, *groups, num_items, *options, name
+            )
+        except (TypeError, ValueError, RuntimeError):
+            num_items = _check(hidden, weight, bias, *groups, *options, num_items_in_batch)
+            _check_values(hidden, *groups, num_items)
+            raise
+        return (loss, scores) if return_scores else loss
+    num_items = _check(hidden, weight, bias, *groups, *options, num_items_in_batch)
     if backends.check_values(hidden.device.type, name):
-        _check_values(T, M, offsets, target, rows, margin, group_weight, num_items)
+        _check_values(hidden, *groups, num_items)
     if name == "torch":
         # Added times 0, so that the gradient of a shift is 0 and not rounding noise.
         shift = bias if bias is None or center_coef else bias.detach() + 0.0 * bias
@@ -103,15 +115,10 @@ def listwise_loss(
             )  # fmt: skip
         scores = scores.detach()
     else:
-        try:
-            loss, scores = ops.listwise_loss(
-                hidden, weight, bias, offsets, target, rows, margin, group_weight, num_items,
-                float(temperature), float(label_smoothing), float(center_coef), reduction, name,
-            )  # fmt: skip
-        except ValueError:
-            if not torch.compiler.is_compiling():  # say the same as every other backend
-                _check_values(T, M, offsets, target, rows, margin, group_weight, num_items)
-            raise
+        loss, scores = ops.listwise_loss(
+            hidden, weight, bias, *groups, num_items, float(temperature),
+            float(label_smoothing), float(center_coef), reduction, name,
+        )  # fmt: skip
     return (loss, scores) if return_scores else loss
 
 
@@ -178,19 +185,27 @@ def score(
     Raises:
         TypeError, ValueError, RuntimeError: as `listwise_loss`.
     """
+    name = backends.choose(_device_type(hidden), backend)
+    if name == "cpp" and not torch.compiler.is_compiling():
+        try:
+            return ops.score(hidden, weight, bias, rows, name)
+        except (TypeError, ValueError, RuntimeError):
+            T, _ = _check_head(hidden, weight, bias, rows)
+            if rows is not None:
+                _check_rows(rows, T)
+            raise
     T, _ = _check_head(hidden, weight, bias, rows)
-    name = backends.choose(hidden.device.type, backend)
     if rows is not None and backends.check_values(hidden.device.type, name):
         _check_rows(rows, T)
     if name == "torch":
         with torch.autocast(hidden.device.type, enabled=False):
             return score_ref(hidden, weight, bias, rows)
-    try:
-        return ops.score(hidden, weight, bias, rows, name)
-    except ValueError:
-        if rows is not None and not torch.compiler.is_compiling():
-            _check_rows(rows, T)
-        raise
+    return ops.score(hidden, weight, bias, rows, name)
+
+
+def _device_type(hidden: Any) -> str:
+    _check_tensor("hidden", hidden, _FLOATS)
+    return hidden.device.type
 
 
 def _constant(x: Tensor | None) -> Tensor | None:
@@ -240,20 +255,24 @@ def _check_head(
     return T, D
 
 
-def _check_groups(
-    M: int,
-    device: torch.device,
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     offsets: Tensor,
     target: Tensor,
-    temperature: float,
-    label_smoothing: float,
+    rows: Tensor | None,
     margin: Tensor | None,
     group_weight: Tensor | None,
+    temperature: float,
+    label_smoothing: float,
     center_coef: float,
     reduction: str,
     num_items_in_batch: int | Tensor | None,
 ) -> Tensor | None:
-    """Shapes, dtypes and devices of everything about groups; returns the divisor as a tensor."""
+    """Shapes, dtypes, devices and options; returns the divisor as a tensor."""
+    T, _ = _check_head(hidden, weight, bias, rows)
+    M, device = T if rows is None else rows.shape[0], hidden.device
     _check_tensor("offsets", offsets, _INTS)
     if offsets.dim() != 1 or offsets.shape[0] == 0:
         _refuse("offsets", "have shape (N + 1,)", tuple(offsets.shape))
@@ -274,6 +293,13 @@ def _check_groups(
             if x.shape != (n,):
                 _refuse(name, f"have shape ({n},), a {each} each", tuple(x.shape))
             _check_device(name, x, device)
+    _check_options(temperature, label_smoothing, center_coef, reduction)
+    return _divisor(num_items_in_batch, reduction, device)
+
+
+def _check_options(
+    temperature: float, label_smoothing: float, center_coef: float, reduction: str
+) -> None:
     if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         _refuse("temperature", "be a finite number above 0", temperature)
     if not (isinstance(label_smoothing, int | float) and 0 <= label_smoothing <= 1):
@@ -282,6 +308,12 @@ def _check_groups(
         _refuse("center_coef", "be a finite number, 0 or more", center_coef)
     if reduction not in _REDUCTIONS:
         _refuse("reduction", 'be "mean", "sum" or "none"', repr(reduction))
+
+
+def _divisor(
+    num_items_in_batch: int | Tensor | None, reduction: str, device: torch.device
+) -> Tensor | None:
+    """What "mean" divides by, as a tensor; None: the number of groups not left out."""
     if num_items_in_batch is None or reduction != "mean":
         return None
     if isinstance(num_items_in_batch, Tensor):
@@ -319,8 +351,7 @@ def _check_rows(rows: Tensor, T: int) -> None:
 
 
 def _check_values(
-    T: int,
-    M: int,
+    hidden: Tensor,
     offsets: Tensor,
     target: Tensor,
     rows: Tensor | None,
@@ -329,7 +360,8 @@ def _check_values(
     num_items: Tensor | None,
 ) -> None:
     """Everything that needs the values; on a device this waits for it."""
-    N = offsets.shape[0] - 1
+    T = math.prod(hidden.shape[:-1])
+    M, N = T if rows is None else rows.shape[0], offsets.shape[0] - 1
     if int(offsets[0]) != 0:
         _refuse("offsets[0]", "be 0", int(offsets[0]))
     if int(offsets[N]) != M:

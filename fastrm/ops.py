@@ -1,7 +1,8 @@
-"""The autograd functions shared by the fused backends.
+"""The autograd functions of the fused backends.
 
-A fused backend (`backends.Fused`) gives the loss and, in the same pass over hidden, what backward
-needs: hidden itself is kept only where the weight gradient cannot be known in that pass.
+Forward gives the loss and, in the same pass over hidden, what backward needs: hidden itself is kept
+only where the weight gradient cannot be known in that pass. The C++ operators are differentiable
+themselves (csrc/autograd.cpp): on the CPU a graph node in Python would cost more than the kernels.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ def listwise_loss(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Loss () or (N,) and detached scores (M,) from a fused backend."""
+    fused = backends.FUSED[backend]
     options = (temperature, label_smoothing, center_coef, reduction)
     groups = (offsets, target, rows, margin, group_weight, num_items)
+    if backend == "cpp":
+        return fused.listwise_loss(hidden, weight, bias, *groups, *options)
     if _wants_grad(hidden, weight, bias):
-        return _ListwiseLoss.apply(hidden, weight, bias, *groups, options, backend)
-    fused = backends.FUSED[backend]
+        return _ListwiseLoss.apply(hidden, weight, bias, *groups, options)
     return fused.listwise_fwd(hidden, weight, bias, *groups, *options, False, False)[:2]
 
 
@@ -45,9 +48,12 @@ def score(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, backend: str
 ) -> Tensor:
     """Scores (M,) from a fused backend."""
+    fused = backends.FUSED[backend]
+    if backend == "cpp":
+        return fused.score(hidden, weight, bias, rows)
     if _wants_grad(hidden, weight, bias):
-        return _Score.apply(hidden, weight, bias, rows, backend)
-    return backends.FUSED[backend].score_fwd(hidden, weight, bias, rows)
+        return _Score.apply(hidden, weight, bias, rows)
+    return fused.score_fwd(hidden, weight, bias, rows)
 
 
 def _wants_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -63,10 +69,10 @@ class _ListwiseLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor,
         target: Tensor, rows: Tensor | None, margin: Tensor | None, group_weight: Tensor | None,
-        num_items: Tensor | None, options: tuple[float, float, float, str], backend: str,
+        num_items: Tensor | None, options: tuple[float, float, float, str],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         needs_dweight = ctx.needs_input_grad[1]
-        fused = backends.FUSED[backend]
+        fused = backends.FUSED["triton"]
         loss, scores, state = fused.listwise_fwd(
             hidden, weight, bias, offsets, target, rows, margin, group_weight, num_items,
             *options, True, needs_dweight,
@@ -76,38 +82,36 @@ class _ListwiseLoss(torch.autograd.Function):
         ctx.save_for_backward(weight, bias, again, rows, *state)
         ctx.mark_non_differentiable(scores)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
-        ctx.options, ctx.backend = options, backend
+        ctx.options = options
         return loss, scores
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         _refuse_second_order()
         weight, bias, hidden, rows, *state = ctx.saved_tensors
-        grads = backends.FUSED[ctx.backend].listwise_bwd(
+        grads = backends.FUSED["triton"].listwise_bwd(
             grad, weight, rows, tuple(state), hidden, ctx.shape, ctx.dtype, ctx.options,
             *ctx.needs_input_grad[:3],
         )  # fmt: skip
-        return *_asked(ctx, grads, bias), *(None,) * 8
+        return *_asked(ctx, grads, bias), *(None,) * 7
 
 
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None,
-        backend: str,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, rows)
-        ctx.backend = backend
-        return backends.FUSED[backend].score_fwd(hidden, weight, bias, rows)
+        return backends.FUSED["triton"].score_fwd(hidden, weight, bias, rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_order()
         hidden, weight, bias, rows = ctx.saved_tensors
-        grads = backends.FUSED[ctx.backend].score_bwd(
+        grads = backends.FUSED["triton"].score_bwd(
             grad, hidden, weight, rows, *ctx.needs_input_grad[:3]
         )
-        return *_asked(ctx, grads, bias), None, None
+        return *_asked(ctx, grads, bias), None
 
 
 def _refuse_second_order() -> None:

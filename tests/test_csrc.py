@@ -17,6 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastrm import backends
+
 build = pytest.importorskip("fastrm_csrc.build")
 try:
     build.load("auto", build.CACHE_DIR)
@@ -600,6 +602,27 @@ def test_compiler_error_is_shown(tmp_path):
     with pytest.raises(build.BuildError, match="this compiler is broken"):
         build.build(tmp_path / "out", cxx=str(compiler))
     assert not (tmp_path / "out" / build.library_name()).exists()
+
+
+@pytest.mark.parametrize("op", ["score", "score_fwd", "listwise_loss", "listwise_fwd", "rank1_bwd"])
+def test_opcheck(op):
+    """Schema, fake kernels, autograd registration and AOT dispatch, by PyTorch's own check."""
+    backends.choose("cpu", "cpp")  # registers the fake kernels
+    hidden, weight, bias, target = make([3, 1, 4], 6, torch.float32)
+    rows, offsets = torch.tensor([7, 0, 2, 3, 1, 6, 5, 4]), offsets_of([3, 1, 4])
+    head = (hidden, weight, bias)
+    if op in ("score", "listwise_loss"):
+        head = tuple(t.requires_grad_() for t in head)
+    groups = (offsets, target, rows, torch.rand(8), torch.rand(3), torch.tensor(5))
+    options = (0.7, 0.1, 0.02, "mean")
+    args = {
+        "score": (*head, rows), "score_fwd": (*head, rows),
+        "listwise_loss": (*head, *groups, *options),
+        "listwise_fwd": (*head, *groups, *options, True, True),
+        "rank1_bwd": (torch.rand(3), torch.rand(8), offsets, weight, rows, hidden, None,
+                      [8, 6], torch.float32, True, True, True, False),
+    }[op]  # fmt: skip
+    torch.library.opcheck(getattr(ops, op).default, args)
 
 
 def test_building_switched_off(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from fastrm_kernels import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DTYPES, HIDDEN_SIZES, Problem, error, make, problems, ragged_sizes
+from torch.autograd import forward_ad
 
 import fastrm
 from fastrm import backends
@@ -308,9 +309,11 @@ def test_what_the_fused_backward_cannot_do_is_refused(backend: str) -> None:
                   fastrm.score(hidden, weight, backend=backend).sum()):  # fmt: skip
         with pytest.raises(RuntimeError, match="differentiable once"):
             torch.autograd.grad(value, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="forward mode AD|jvp"):
+    with pytest.raises(RuntimeError, match="forward mode AD|jvp|functorch"):
         torch.func.jvp(lambda h: fastrm.listwise_loss(h, weight.detach(), **kw),
                        (p.hidden,), (p.hidden,))  # fmt: skip
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode AD|jvp"):
+        fastrm.listwise_loss(forward_ad.make_dual(p.hidden, p.hidden), weight.detach(), **kw)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,191 @@
+// The differentiable operators `listwise_loss` and `score`: a graph node in C++, because one in
+// Python costs more than the arithmetic of a small batch. They call the operators of ops.cpp
+// through the dispatcher, so fake tensors and torch.compile see those.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace fastrm {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptTensor = std::optional<Tensor>;
+
+template <class Signature>
+auto operator_named(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+const auto& score_fwd() {
+  static const auto op = operator_named<Tensor(
+      const Tensor&, const Tensor&, const OptTensor&, const OptTensor&)>("fastrm_cpp::score_fwd");
+  return op;
+}
+
+const auto& listwise_fwd() {
+  static const auto op = operator_named<Forward(
+      const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const Tensor&,
+      const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&, double, double,
+      double, std::string_view, bool, bool)>("fastrm_cpp::listwise_fwd");
+  return op;
+}
+
+const auto& rank1_bwd() {
+  static const auto op = operator_named<Gradients(
+      const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const OptTensor&,
+      const OptTensor&, const OptTensor&, c10::SymIntArrayRef, at::ScalarType, bool, bool, bool,
+      bool)>("fastrm_cpp::rank1_bwd");
+  return op;
+}
+
+OptTensor optional(const Tensor& t) {
+  return t.defined() ? OptTensor(t) : OptTensor();
+}
+
+void keep_bias(AutogradContext* ctx, const OptTensor& bias) {
+  if (!bias) return;
+  ctx->saved_data["bias_dim"] = bias->dim();
+  ctx->saved_data["bias_dtype"] = bias->scalar_type();
+}
+
+// dhidden = coef·w, dweight = Σ coef·h, dbias = Σ coef, where they are asked for.
+variable_list gradients(
+    AutogradContext* ctx, const Tensor& grad, const Tensor& coef, const OptTensor& offsets,
+    const Tensor& weight, const OptTensor& rows, const OptTensor& hidden,
+    const OptTensor& dweight, bool shift_invariant) {
+  // The gradients have no graph of their own: with create_graph they would look constant.
+  TORCH_CHECK(
+      !at::GradMode::is_enabled(),
+      "the fused backends are differentiable once; create_graph=True needs backend='torch'");
+  auto& saved = ctx->saved_data;
+  bool has_bias = saved.count("bias_dim");
+  bool needs[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                  has_bias && ctx->needs_input_grad(2)};
+  auto [dh, dw, db] = rank1_bwd().call(
+      grad, coef, offsets, weight, rows, hidden, needs[1] ? dweight : OptTensor(),
+      saved["shape"].toSymIntVector(), saved["dtype"].toScalarType(), needs[0], needs[1],
+      needs[2], shift_invariant);
+  if (needs[2]) {
+    db = db.to(saved["bias_dtype"].toScalarType());
+    if (saved["bias_dim"].toInt() == 1) db = db.unsqueeze(0);
+  }
+  return {needs[0] ? dh : Tensor(), needs[1] ? dw : Tensor(), needs[2] ? db : Tensor(), Tensor()};
+}
+
+struct Score : torch::autograd::Function<Score> {
+  static Tensor forward(
+      AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const OptTensor& bias,
+      const OptTensor* rows) {
+    ctx->save_for_backward({hidden, weight, rows->value_or(Tensor())});
+    ctx->saved_data["shape"] = hidden.sym_sizes();
+    ctx->saved_data["dtype"] = hidden.scalar_type();
+    keep_bias(ctx, bias);
+    return score_fwd().call(hidden, weight, bias, *rows);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto saved = ctx->get_saved_variables();
+    return gradients(
+        ctx, at::ones({}, grads[0].options()), grads[0], {}, saved[1], optional(saved[2]),
+        saved[0], {}, false);
+  }
+};
+
+struct Groups {
+  const Tensor &offsets, &target;
+  const OptTensor &rows, &margin, &group_weight, &num_items;
+  double temperature, label_smoothing, center_coef;
+  std::string_view reduction;
+
+  Forward run(
+      const Tensor& hidden, const Tensor& weight, const OptTensor& bias, bool needs_coef,
+      bool needs_dweight) const {
+    return listwise_fwd().call(
+        hidden, weight, bias, offsets, target, rows, margin, group_weight, num_items, temperature,
+        label_smoothing, center_coef, reduction, needs_coef, needs_dweight);
+  }
+};
+
+struct ListwiseLoss : torch::autograd::Function<ListwiseLoss> {
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const OptTensor& bias,
+      const Groups& groups) {
+    bool none = groups.reduction == "none";
+    bool needs_dweight = weight.requires_grad();
+    auto [loss, scores, coef, dweight] = groups.run(hidden, weight, bias, true, needs_dweight);
+    // Per-group gradients come after forward, so dweight needs hidden once more.
+    ctx->save_for_backward(
+        {coef, weight, groups.rows.value_or(Tensor()), none ? groups.offsets : dweight,
+         none && needs_dweight ? hidden : Tensor()});
+    ctx->mark_non_differentiable({scores});
+    ctx->saved_data["shape"] = hidden.sym_sizes();
+    ctx->saved_data["dtype"] = hidden.scalar_type();
+    ctx->saved_data["none"] = none;
+    ctx->saved_data["shift_invariant"] = groups.center_coef == 0;
+    keep_bias(ctx, bias);
+    return {loss, scores};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto saved = ctx->get_saved_variables();
+    bool none = ctx->saved_data["none"].toBool();
+    return gradients(
+        ctx, grads[0], saved[0], none ? OptTensor(saved[3]) : OptTensor(), saved[1],
+        optional(saved[2]), optional(saved[4]), none ? OptTensor() : OptTensor(saved[3]),
+        ctx->saved_data["shift_invariant"].toBool());
+  }
+};
+
+bool differentiable(const Tensor& t) {
+  return t.requires_grad() || t._fw_grad(0).defined(); // the node refuses forward mode
+}
+
+bool wants_grad(const Tensor& hidden, const Tensor& weight, const OptTensor& bias) {
+  return at::GradMode::is_enabled() &&
+      (differentiable(hidden) || differentiable(weight) || (bias && differentiable(*bias)));
+}
+
+Tensor score(
+    const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const OptTensor& rows) {
+  return wants_grad(hidden, weight, bias) ? Score::apply(hidden, weight, bias, &rows)
+                                          : score_fwd().call(hidden, weight, bias, rows);
+}
+
+std::tuple<Tensor, Tensor> listwise_loss(
+    const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const Tensor& offsets,
+    const Tensor& target, const OptTensor& rows, const OptTensor& margin,
+    const OptTensor& group_weight, const OptTensor& num_items, double temperature,
+    double label_smoothing, double center_coef, std::string_view reduction) {
+  Groups groups{offsets, target, rows, margin, group_weight, num_items,
+                temperature, label_smoothing, center_coef, reduction};
+  if (wants_grad(hidden, weight, bias)) {
+    auto out = ListwiseLoss::apply(hidden, weight, bias, groups);
+    return {out[0], out[1]};
+  }
+  auto [loss, scores, coef, dweight] = groups.run(hidden, weight, bias, false, false);
+  return {loss, scores};
+}
+
+} // namespace
+} // namespace fastrm
+
+TORCH_LIBRARY_FRAGMENT(fastrm_cpp, m) {
+  m.def(
+      "score(Tensor hidden, Tensor weight, Tensor? bias=None, Tensor? rows=None) -> Tensor",
+      &fastrm::score);
+  m.def(
+      "listwise_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor offsets, Tensor target, "
+      "Tensor? rows=None, Tensor? margin=None, Tensor? group_weight=None, Tensor? num_items=None, "
+      "float temperature=1.0, float label_smoothing=0.0, float center_coef=0.0, "
+      "str reduction='mean') -> (Tensor loss, Tensor scores)",
+      &fastrm::listwise_loss);
+}
