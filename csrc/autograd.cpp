@@ -85,7 +85,8 @@ struct Score : torch::autograd::Function<Score> {
   static Tensor forward(
       AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const OptTensor& bias,
       const OptTensor* rows) {
-    ctx->save_for_backward({hidden, weight, rows->value_or(Tensor())});
+    ctx->save_for_backward(
+        {weight.requires_grad() ? hidden : Tensor(), weight, rows->value_or(Tensor())});
     ctx->saved_data["shape"] = hidden.sym_sizes();
     ctx->saved_data["dtype"] = hidden.scalar_type();
     keep_bias(ctx, bias);
@@ -96,7 +97,7 @@ struct Score : torch::autograd::Function<Score> {
     auto saved = ctx->get_saved_variables();
     return gradients(
         ctx, at::ones({}, grads[0].options()), grads[0], {}, saved[1], optional(saved[2]),
-        saved[0], {}, false);
+        optional(saved[0]), {}, false);
   }
 };
 

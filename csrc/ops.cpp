@@ -97,6 +97,8 @@ void check_cpu(const Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(
       t.device().is_cpu() && t.layout() == at::kStrided, name,
       " must be a strided CPU tensor, got one on ", t.device());
+  TORCH_CHECK_VALUE(
+      t.numel() == 0 || t.const_data_ptr(), name, " has no memory: its storage was resized to 0");
 }
 
 struct IndexArg {
@@ -583,8 +585,8 @@ std::tuple<Tensor, Tensor, Tensor> rank1_bwd(
     at::IntArrayRef hidden_shape, ScalarType hidden_dtype, bool needs_dhidden,
     bool needs_dweight, bool needs_dbias, bool shift_invariant) {
   TORCH_CHECK_VALUE(
-      hidden_shape.size() == 2 || hidden_shape.size() == 3,
-      "hidden_shape must be (T, D) or (B, S, D), got ", hidden_shape);
+      (hidden_shape.size() == 2 || hidden_shape.size() == 3) && hidden_shape.back() > 0,
+      "hidden_shape must be (T, D) or (B, S, D) with D > 0, got ", hidden_shape);
   Rank1Args args{
       offsets, rows, hidden, dweight_unit, hidden_shape, needs_dhidden, needs_dweight,
       needs_dbias, shift_invariant};

@@ -47,7 +47,7 @@ inline int64_t block_rows(int64_t D, int64_t bytes) {
 
 // Rows of one task: at most about 64 tasks, none too small to be worth a thread.
 inline int64_t task_rows(int64_t M, int64_t D) {
-  constexpr int64_t kTasks = 64, kTaskElements = 1 << 16;
+  constexpr int64_t kTasks = 64, kTaskElements = 1 << 17;
   return std::max<int64_t>((M + kTasks - 1) / kTasks, (kTaskElements + D - 1) / D);
 }
 

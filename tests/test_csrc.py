@@ -604,6 +604,29 @@ def test_compiler_error_is_shown(tmp_path):
     assert not (tmp_path / "out" / build.library_name()).exists()
 
 
+def test_tensors_without_memory_are_refused():
+    hidden, weight, bias, target = make([3, 1, 4], 6, torch.float32)
+    for empty in (hidden, weight):
+        size = empty.untyped_storage().nbytes()
+        empty.untyped_storage().resize_(0)  # as FSDP leaves them between its uses
+        with pytest.raises(ValueError, match="has no memory"):
+            ops.listwise_loss(hidden, weight, bias, offsets_of([3, 1, 4]), target)
+        empty.untyped_storage().resize_(size)
+    with pytest.raises(ValueError, match="D > 0"):
+        ops.rank1_bwd(torch.ones(()), torch.ones(3), None, torch.ones(0), None, None, None,
+                      [3, 0], torch.float32, True, False, False, True)  # fmt: skip
+
+
+def test_frozen_head_keeps_no_hidden():
+    hidden, weight, bias, target = make([3, 1, 4], 6, torch.float32)
+    hidden.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        ops.score(hidden, weight, bias).sum().backward()
+    assert hidden.data_ptr() not in [x.data_ptr() for x in kept]
+    assert torch.equal(hidden.grad, weight.expand(8, 6))
+
+
 @pytest.mark.parametrize("op", ["score", "score_fwd", "listwise_loss", "listwise_fwd", "rank1_bwd"])
 def test_opcheck(op):
     """Schema, fake kernels, autograd registration and AOT dispatch, by PyTorch's own check."""
