@@ -8,6 +8,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 namespace fastrm {
 namespace {
@@ -51,33 +52,46 @@ OptTensor optional(const Tensor& t) {
   return t.defined() ? OptTensor(t) : OptTensor();
 }
 
-void keep_bias(AutogradContext* ctx, const OptTensor& bias) {
-  if (!bias) return;
-  ctx->saved_data["bias_dim"] = bias->dim();
-  ctx->saved_data["bias_dtype"] = bias->scalar_type();
+// What backward needs beside tensors. One entry of saved_data: each is a string and a hash.
+struct Facts : torch::CustomClassHolder {
+  std::vector<c10::SymInt> shape; // of hidden
+  at::ScalarType dtype; // likewise
+  int64_t bias_dim = -1; // -1: there is no bias
+  at::ScalarType bias_dtype = at::kFloat;
+  bool per_group = false; // the incoming gradient is (N,)
+  bool shift_invariant = false;
+};
+
+Facts& keep_facts(AutogradContext* ctx, const Tensor& hidden, const OptTensor& bias) {
+  auto facts = c10::make_intrusive<Facts>();
+  facts->shape = hidden.sym_sizes().vec();
+  facts->dtype = hidden.scalar_type();
+  if (bias) facts->bias_dim = bias->dim(), facts->bias_dtype = bias->scalar_type();
+  ctx->saved_data["facts"] = c10::IValue::make_capsule(facts);
+  return *facts;
+}
+
+const Facts& facts_of(AutogradContext* ctx) {
+  return static_cast<const Facts&>(*ctx->saved_data["facts"].toCapsule());
 }
 
 // dhidden = coef·w, dweight = Σ coef·h, dbias = Σ coef, where they are asked for.
 variable_list gradients(
     AutogradContext* ctx, const Tensor& grad, const Tensor& coef, const OptTensor& offsets,
     const Tensor& weight, const OptTensor& rows, const OptTensor& hidden,
-    const OptTensor& dweight, bool shift_invariant) {
+    const OptTensor& dweight) {
   // The gradients have no graph of their own: with create_graph they would look constant.
   TORCH_CHECK(
       !at::GradMode::is_enabled(),
       "the fused backends are differentiable once; create_graph=True needs backend='torch'");
-  auto& saved = ctx->saved_data;
-  bool has_bias = saved.count("bias_dim");
+  const Facts& facts = facts_of(ctx);
   bool needs[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                  has_bias && ctx->needs_input_grad(2)};
+                  facts.bias_dim >= 0 && ctx->needs_input_grad(2)};
   auto [dh, dw, db] = rank1_bwd().call(
-      grad, coef, offsets, weight, rows, hidden, needs[1] ? dweight : OptTensor(),
-      saved["shape"].toSymIntVector(), saved["dtype"].toScalarType(), needs[0], needs[1],
-      needs[2], shift_invariant);
-  if (needs[2]) {
-    db = db.to(saved["bias_dtype"].toScalarType());
-    if (saved["bias_dim"].toInt() == 1) db = db.unsqueeze(0);
-  }
+      grad, coef, offsets, weight, rows, hidden, needs[1] ? dweight : OptTensor(), facts.shape,
+      facts.dtype, needs[0], needs[1], needs[2], facts.shift_invariant);
+  if (needs[2] && db.scalar_type() != facts.bias_dtype) db = db.to(facts.bias_dtype);
+  if (needs[2] && facts.bias_dim == 1) db = db.unsqueeze(0);
   return {needs[0] ? dh : Tensor(), needs[1] ? dw : Tensor(), needs[2] ? db : Tensor(), Tensor()};
 }
 
@@ -87,9 +101,7 @@ struct Score : torch::autograd::Function<Score> {
       const OptTensor* rows) {
     ctx->save_for_backward(
         {weight.requires_grad() ? hidden : Tensor(), weight, rows->value_or(Tensor())});
-    ctx->saved_data["shape"] = hidden.sym_sizes();
-    ctx->saved_data["dtype"] = hidden.scalar_type();
-    keep_bias(ctx, bias);
+    keep_facts(ctx, hidden, bias);
     return score_fwd().call(hidden, weight, bias, *rows);
   }
 
@@ -97,7 +109,7 @@ struct Score : torch::autograd::Function<Score> {
     auto saved = ctx->get_saved_variables();
     return gradients(
         ctx, at::ones({}, grads[0].options()), grads[0], {}, saved[1], optional(saved[2]),
-        optional(saved[0]), {}, false);
+        optional(saved[0]), {});
   }
 };
 
@@ -128,21 +140,18 @@ struct ListwiseLoss : torch::autograd::Function<ListwiseLoss> {
         {coef, weight, groups.rows.value_or(Tensor()), none ? groups.offsets : dweight,
          none && needs_dweight ? hidden : Tensor()});
     ctx->mark_non_differentiable({scores});
-    ctx->saved_data["shape"] = hidden.sym_sizes();
-    ctx->saved_data["dtype"] = hidden.scalar_type();
-    ctx->saved_data["none"] = none;
-    ctx->saved_data["shift_invariant"] = groups.center_coef == 0;
-    keep_bias(ctx, bias);
+    Facts& facts = keep_facts(ctx, hidden, bias);
+    facts.per_group = none;
+    facts.shift_invariant = groups.center_coef == 0;
     return {loss, scores};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto saved = ctx->get_saved_variables();
-    bool none = ctx->saved_data["none"].toBool();
+    bool none = facts_of(ctx).per_group;
     return gradients(
         ctx, grads[0], saved[0], none ? OptTensor(saved[3]) : OptTensor(), saved[1],
-        optional(saved[2]), optional(saved[4]), none ? OptTensor() : OptTensor(saved[3]),
-        ctx->saved_data["shift_invariant"].toBool());
+        optional(saved[2]), optional(saved[4]), none ? OptTensor() : OptTensor(saved[3]));
   }
 };
 

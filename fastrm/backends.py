@@ -31,6 +31,7 @@ class Status(NamedTuple):
 
 
 FUSED: dict[str, Any] = {}  # the fused backends that are loaded
+CPU_IS_CPP: list[str | None] = []  # what a call may name and get the C++ kernels, once loaded
 _REFUSED: dict[str, str] = {}  # those that cannot be, and why
 
 
@@ -99,6 +100,8 @@ def _load(name: str) -> bool:
     if name not in _REFUSED:
         try:
             FUSED[name] = _load_triton() if name == "triton" else _load_cpp()
+            if name == "cpp":
+                CPU_IS_CPP.extend(["cpp", None] if _ASKED in (None, "cpp") else ["cpp"])
         except (ImportError, RuntimeError, OSError) as e:
             if name == "cpp" and _build_mode() == "1":
                 raise

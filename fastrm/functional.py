@@ -17,7 +17,6 @@ from fastrm.reference import listwise_loss_ref, score_ref
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _REDUCTIONS = ("mean", "sum", "none")
-_PLAIN = (1.0, 0.0, 0.0)  # temperature, label_smoothing, center_coef
 IGNORE_INDEX = -100
 
 
@@ -84,25 +83,33 @@ def listwise_loss(
             FASTRM_CHECK=1 is set: there a group with invalid input gives NaN.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
-    name = backends.choose(_device_type(hidden), backend)
-    groups = (offsets, target, rows, margin, group_weight)
-    options = (temperature, label_smoothing, center_coef, reduction)
-    if name == "cpp" and not torch.compiler.is_compiling():
+    # On the CPU every function called here counts: a small batch costs as much as ten of them.
+    if backend in backends.CPU_IS_CPP and isinstance(hidden, Tensor) and hidden.is_cpu:
+        name = "cpp"
+    else:
+        name = backends.choose(_device_type(hidden), backend)
+    num_items = num_items_in_batch
+    if name == "cpp":
         # The operator checks everything itself; what it refuses is then said in the usual words.
         try:
-            num_items = num_items_in_batch
             if num_items is not None:
                 num_items = _divisor(num_items, reduction, hidden.device)
-            if options[:3] != _PLAIN:
-                _check_options(*options)
-            loss, scores = ops.listwise_loss(
-                hidden, weight, bias, *groups, num_items, *options, name
-            )
+            if temperature != 1.0 or label_smoothing or center_coef:
+                _check_options(temperature, label_smoothing, center_coef, reduction)
+            loss, scores = backends.FUSED["cpp"].listwise_loss(
+                hidden, weight, bias, offsets, target, rows, margin, group_weight, num_items,
+                temperature, label_smoothing, center_coef, reduction,
+            )  # fmt: skip
         except (TypeError, ValueError, RuntimeError):
-            num_items = _check(hidden, weight, bias, *groups, *options, num_items_in_batch)
-            _check_values(hidden, *groups, num_items)
+            num_items = _check(
+                hidden, weight, bias, offsets, target, rows, margin, group_weight, temperature,
+                label_smoothing, center_coef, reduction, num_items_in_batch,
+            )  # fmt: skip
+            _check_values(hidden, offsets, target, rows, margin, group_weight, num_items)
             raise
         return (loss, scores) if return_scores else loss
+    groups = (offsets, target, rows, margin, group_weight)
+    options = (temperature, label_smoothing, center_coef, reduction)
     num_items = _check(hidden, weight, bias, *groups, *options, num_items_in_batch)
     if backends.check_values(hidden.device.type, name):
         _check_values(hidden, *groups, num_items)
@@ -119,7 +126,7 @@ def listwise_loss(
     else:
         loss, scores = ops.listwise_loss(
             hidden, weight, bias, *groups, num_items, float(temperature),
-            float(label_smoothing), float(center_coef), reduction, name,
+            float(label_smoothing), float(center_coef), reduction,
         )  # fmt: skip
     return (loss, scores) if return_scores else loss
 
@@ -188,9 +195,9 @@ def score(
         TypeError, ValueError, RuntimeError: as `listwise_loss`.
     """
     name = backends.choose(_device_type(hidden), backend)
-    if name == "cpp" and not torch.compiler.is_compiling():
+    if name == "cpp":
         try:
-            return ops.score(hidden, weight, bias, rows, name)
+            return backends.FUSED["cpp"].score(hidden, weight, bias, rows)
         except (TypeError, ValueError, RuntimeError):
             T, _ = _check_head(hidden, weight, bias, rows)
             if rows is not None:
@@ -202,7 +209,7 @@ def score(
     if name == "torch":
         with torch.autocast(hidden.device.type, enabled=False):
             return score_ref(hidden, weight, bias, rows)
-    return ops.score(hidden, weight, bias, rows, name)
+    return ops.score(hidden, weight, bias, rows)
 
 
 def _device_type(hidden: Any) -> str:

@@ -1,4 +1,4 @@
-"""The autograd functions of the fused backends.
+"""The autograd functions of the Triton kernels.
 
 Forward gives the loss and, in the same pass over hidden, what backward needs: hidden itself is kept
 only where the weight gradient cannot be known in that pass. The C++ operators are differentiable
@@ -31,26 +31,21 @@ def listwise_loss(
     label_smoothing: float,
     center_coef: float,
     reduction: str,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Loss () or (N,) and detached scores (M,) from a fused backend."""
-    fused = backends.FUSED[backend]
+    """Loss () or (N,) and detached scores (M,)."""
+    fused = backends.FUSED["triton"]
     options = (temperature, label_smoothing, center_coef, reduction)
     groups = (offsets, target, rows, margin, group_weight, num_items)
-    if backend == "cpp":
-        return fused.listwise_loss(hidden, weight, bias, *groups, *options)
     if _wants_grad(hidden, weight, bias):
         return _ListwiseLoss.apply(hidden, weight, bias, *groups, options)
     return fused.listwise_fwd(hidden, weight, bias, *groups, *options, False, False)[:2]
 
 
 def score(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, backend: str
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
 ) -> Tensor:
-    """Scores (M,) from a fused backend."""
-    fused = backends.FUSED[backend]
-    if backend == "cpp":
-        return fused.score(hidden, weight, bias, rows)
+    """Scores (M,)."""
+    fused = backends.FUSED["triton"]
     if _wants_grad(hidden, weight, bias):
         return _Score.apply(hidden, weight, bias, rows)
     return fused.score_fwd(hidden, weight, bias, rows)
