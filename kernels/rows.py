@@ -1,17 +1,20 @@
 """Rows of hidden on the device: how D is tiled, how rows are found and read.
 
-Letters: T rows of hidden, M candidates, N groups, D hidden size. A row is held as two tiles,
-D0 (a power of two <= D) and D1 (the rest, padded to a power of two), so that 5120 = 4096 + 1024
-masks nothing where one padded tile of 8192 would waste registers.
+Letters: T rows of hidden, M candidates, N groups, D hidden size. A row is one tile of D0 columns,
+padded to a power of two, or two, D0 and D1, so that 5120 = 4096 + 1024 masks nothing where one
+padded tile of 8192 would waste registers.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+MOST = 2**31 - 2**10  # rows: those of a block that goes beyond the last still have 32-bit numbers
 
 
 @dataclass(frozen=True)
@@ -22,31 +25,32 @@ class Tile:
     num_warps: int
     programs_per_sm: int
 
+    @property
+    def registers(self) -> int:
+        """What a thread may use so that all its programs are resident, of an SM's 65536."""
+        return min(65536 // (32 * self.num_warps * self.programs_per_sm) // 8 * 8, 255)
+
 
 @lru_cache
 def tile(D: int, element_size: int) -> Tile:
-    """Tile for hidden size D: rows, weight and sums in registers, which spill above D = 8192."""
-    if D < 32:
-        D0, D1 = triton.next_power_of_2(D), 0
-    else:
-        D0 = 1 << (D.bit_length() - 1)
-        D1 = triton.next_power_of_2(D - D0) if D > D0 else 0
-        if D1 == D0:
-            D0, D1 = 2 * D0, 0
-    held = D0 + D1
-    if held <= 256:
-        found = Tile(D0, D1, 16, 4, 16)
-    elif held <= 1024:
-        found = Tile(D0, D1, 4, 4, 8)
-    elif held <= 2048:
-        found = Tile(D0, D1, 2, 4, 4)
-    elif held <= 4096:
-        found = Tile(D0, D1, 2, 8, 2)
-    else:
-        found = Tile(D0, D1, 1, 16, 1)
-    if element_size == 8:  # float64 values take twice the registers
-        found = Tile(D0, D1, max(1, found.BLOCK_M // 2), found.num_warps, found.programs_per_sm)
-    return found
+    """Tile for hidden size D: as few warps as hold two D-wide sums; each repeats the scalars."""
+    D0, D1 = triton.next_power_of_2(D), 0
+    if D0 > 8192 or (D0 > 256 and D <= D0 * 3 // 4):
+        D0 //= 2
+        D1 = triton.next_power_of_2(D - D0)
+    num_warps = 1 << min(max((D0 + D1) // 1024, 1), 8).bit_length() - 1
+    values = -(-(D0 + D1) // (32 * num_warps))  # of a row, in each thread
+    spare = max((80 if D <= 512 else 144) - 2 * values, 0)  # registers for rows on their way
+    rows_read = max(min(4 * spare // (values * element_size), 16 if D <= 128 else 4), 1)
+    BLOCK_M = 1 << rows_read.bit_length() - 1
+    return Tile(D0, D1, BLOCK_M, num_warps, 12 if D <= 512 else 8 // num_warps)
+
+
+def options(t: Tile, cuda: bool = torch.version.hip is None) -> dict[str, Any]:
+    """For Triton: 3.10 fuses only if told, and ptxas left alone spills where it need not."""
+    return dict(num_warps=t.num_warps, enable_fp_fusion=True) | (
+        dict(maxnreg=t.registers) if cuda else {}
+    )
 
 
 @lru_cache
@@ -59,7 +63,7 @@ def sm_count(device: torch.device) -> int:
 
 def split(M: int, t: Tile, device: torch.device) -> tuple[int, int]:
     """Programs G and rows per program: an even split of M rows, whatever the groups are."""
-    most = sm_count(device) * t.programs_per_sm
+    most = min(sm_count(device) * t.programs_per_sm, 4096)
     blocks = -(-M // t.BLOCK_M)
     per_program = max(-(-blocks // most), 1) * t.BLOCK_M
     return -(-M // per_program), per_program
@@ -78,10 +82,22 @@ def row_strides(hidden: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 @triton.jit
-def row_start(t, S, stride_b, stride_s):
-    """Element offset of row t, in int64."""
-    b = t // S
-    return b * stride_b + (t - b * S) * stride_s
+def row_start(t, S, stride_b, stride_s, BATCHED: tl.constexpr, ALIGN: tl.constexpr):
+    """Element offset of row t, in int64; ALIGN divides both strides."""
+    if BATCHED:
+        b = t // S
+        at = tl.cast(b, tl.int64) * stride_b + tl.cast(t - b * S, tl.int64) * stride_s
+    else:
+        at = tl.cast(t, tl.int64) * stride_b
+    return tl.multiple_of(at, ALIGN)
+
+
+@triton.jit
+def dot_rows(ptr, start, ok, weight_ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr,
+             ACC: tl.constexpr):  # fmt: skip
+    """(BLOCK_M,) products of the rows that begin at `start` with the weight, columns LO.. only."""
+    w = load_columns(weight_ptr, LO, DC, D, ACC)
+    return tl.sum(load_tile(ptr, start, ok, LO, DC, D, ACC) * w[None, :], axis=1)
 
 
 @triton.jit
@@ -93,7 +109,19 @@ def load_tile(ptr, start, ok, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexp
         mask = ok[:, None]
     else:
         mask = ok[:, None] & (cols < D)[None, :]
-    return tl.load(ptr + start[:, None] + cols[None, :], mask=mask, other=0.0).to(ACC)
+    at = ptr + start[:, None] + cols[None, :]
+    return tl.load(at, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_row(ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
+    """(DC,) values at columns LO.. of the row at ptr, which nothing reads again in this launch."""
+    cols = LO + tl.arange(0, DC)
+    if LO + DC <= D:
+        h = tl.load(ptr + cols, eviction_policy="evict_first")
+    else:
+        h = tl.load(ptr + cols, mask=cols < D, other=0.0, eviction_policy="evict_first")
+    return h.to(ACC)
 
 
 @triton.jit
@@ -111,26 +139,27 @@ def store_columns(ptr, values, LO: tl.constexpr, DC: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def store_outer(ptr, start, ok, coef, w, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr):
-    """Rank-1 write: row at start[i] gets coef[i] * w, rounded once."""
+def store_outer(ptr, t, ok, coef, w, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr):
+    """Rank-1 write: row t[i] gets coef[i] * w, rounded once."""
     cols = LO + tl.arange(0, DC)
     if LO + DC <= D:
         mask = ok[:, None]
     else:
         mask = ok[:, None] & (cols < D)[None, :]
     out = (coef[:, None] * w[None, :]).to(ptr.dtype.element_ty)
-    tl.store(ptr + start[:, None] + cols[None, :], out, mask=mask)
+    tl.store(ptr + t.to(tl.int64)[:, None] * D + cols[None, :], out, mask=mask)
 
 
 @triton.jit
 def candidate_rows(rows_ptr, i, ok, T, HAS_ROWS: tl.constexpr):
-    """Row of hidden for candidate i, in int64, and whether it exists."""
+    """Row of hidden for candidate i, and whether it exists."""
     if HAS_ROWS:
-        t = tl.load(rows_ptr + i, mask=ok, other=0).to(tl.int64)
+        t = load_index(rows_ptr + i, ok, -1)
+        found = (t >= 0) & (t < T)
+        t = tl.where(found, t, 0)
     else:
-        t = i.to(tl.int64)
-    found = ok & (t >= 0) & (t < T)
-    return tl.where(found, t, 0), found
+        t, found = i, ok
+    return t, found
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from fastrm_kernels.rows import (
     candidate_rows,
+    dot_rows,
     load_columns,
     load_tile,
     row_start,
@@ -14,34 +15,39 @@ from fastrm_kernels.rows import (
     store_outer,
 )
 
+INTS = ["M", "T", "S", "per_program", "stride_b", "stride_s"]  # no reason to compile again
 
-@triton.jit
+
+@triton.jit(
+    do_not_specialize=INTS, do_not_specialize_on_alignment=["bias_ptr", "rows_ptr", "scores_ptr"]
+)
 def _score_fwd_kernel(
     hidden_ptr, weight_ptr, bias_ptr, rows_ptr, scores_ptr,
     M, T, S, per_program, stride_b, stride_s,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    ACC: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    ACC: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, BATCHED: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
-    w0 = load_columns(weight_ptr, 0, D0, D, ACC)
-    if D1 > 0:
-        w1 = load_columns(weight_ptr, D0, D1, D, ACC)
     bias = tl.zeros((), ACC)
     if HAS_BIAS:
         bias = tl.load(bias_ptr).to(ACC)
     start = tl.program_id(0) * per_program
-    end = tl.minimum(start + per_program, M)
+    end = start + tl.minimum(per_program, M - start)
     for block in range(start, end, BLOCK_M):
         i = block + tl.arange(0, BLOCK_M)
         ok = i < end
         t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
-        at = row_start(t, S, stride_b, stride_s)
-        s = tl.sum(load_tile(hidden_ptr, at, found, 0, D0, D, ACC) * w0[None, :], axis=1)
+        at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
+        s = dot_rows(hidden_ptr, at, found, weight_ptr, 0, D0, D, ACC)
         if D1 > 0:
-            s += tl.sum(load_tile(hidden_ptr, at, found, D0, D1, D, ACC) * w1[None, :], axis=1)
+            s += dot_rows(hidden_ptr, at, found, weight_ptr, D0, D1, D, ACC)
         tl.store(scores_ptr + i, tl.where(found, s + bias, float("nan")), mask=ok)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "T", "per_program"],
+    do_not_specialize_on_alignment=["coef_ptr", "rows_ptr"],
+)
 def _rank1_kernel(
     coef_ptr, weight_ptr, rows_ptr, dhidden_ptr,
     M, T, per_program,
@@ -52,35 +58,36 @@ def _rank1_kernel(
     if D1 > 0:
         w1 = load_columns(weight_ptr, D0, D1, D, ACC)
     start = tl.program_id(0) * per_program
-    end = tl.minimum(start + per_program, M)
+    end = start + tl.minimum(per_program, M - start)
     for block in range(start, end, BLOCK_M):
         i = block + tl.arange(0, BLOCK_M)
         ok = i < end
         t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
         coef = tl.load(coef_ptr + i, mask=ok, other=0.0).to(ACC)
-        store_outer(dhidden_ptr, t * D, found, coef, w0, 0, D0, D)
+        store_outer(dhidden_ptr, t, found, coef, w0, 0, D0, D)
         if D1 > 0:
-            store_outer(dhidden_ptr, t * D, found, coef, w1, D0, D1, D)
+            store_outer(dhidden_ptr, t, found, coef, w1, D0, D1, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTS, do_not_specialize_on_alignment=["coef_ptr", "rows_ptr"])
 def _weighted_sum_kernel(
     hidden_ptr, coef_ptr, rows_ptr, partial_ptr,
     M, T, S, per_program, stride_b, stride_s,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    ACC: tl.constexpr, HAS_ROWS: tl.constexpr,
+    ACC: tl.constexpr, HAS_ROWS: tl.constexpr, BATCHED: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     sum0 = tl.zeros((D0,), ACC)
     if D1 > 0:
         sum1 = tl.zeros((D1,), ACC)
     start = pid * per_program
-    end = tl.minimum(start + per_program, M)
+    end = start + tl.minimum(per_program, M - start)
     for block in range(start, end, BLOCK_M):
         i = block + tl.arange(0, BLOCK_M)
         ok = i < end
         t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
-        at = row_start(t, S, stride_b, stride_s)
+        at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
         coef = tl.load(coef_ptr + i, mask=ok, other=0.0).to(ACC)[:, None]
         sum0 += tl.sum(coef * load_tile(hidden_ptr, at, found, 0, D0, D, ACC), axis=0)
         if D1 > 0:
@@ -91,7 +98,7 @@ def _weighted_sum_kernel(
         store_columns(partial_ptr, sum1, D0, D1, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _sum_partials_kernel(
     partial_ptr, out_ptr, G, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,

@@ -1,20 +1,29 @@
-"""Compiles the Triton kernels ahead of time, for GPUs that need not be here."""
+"""The Triton kernels for GPUs that need not be here: compiled ahead of time, launched on a fake.
+
+    python tests/aot.py sm_90,sm_80 bf16,fp32 384,4096 [FLAG=value ...] [+ another such line ...]
+    python tests/aot.py launches
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import itertools
 import json
+import math
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+import time
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
-from fastrm_kernels import listwise, rows, score
+from fastrm_kernels import backend, listwise, rows, score
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, LazyDict
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -22,37 +31,37 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 POINTERS = {
-    "offsets_ptr": "*i64", "target_ptr": "*i64", "rows_ptr": "*i64", "marks_ptr": "*i32",
-    "inverse_ptr": "*i32", "arrived_ptr": "*i32", "num_items_ptr": "*i64",
+    "offsets_ptr": "*i64", "target_ptr": "*i64", "rows_ptr": "*i64", "index_ptr": "*i32",
+    "arrived_ptr": "*i32", "num_items_ptr": "*i64",
 }  # fmt: skip
 FLOATS = {"temperature": "fp64", "label_smoothing": "fp64", "center_coef": "fp64"}
 
 
-def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> Any:
-    """Compiled kernel `name` for hidden size D and dtype ("bf16", "fp16", "fp32", "fp64")."""
+def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> tuple[Any, str]:
+    """Kernel `name` for hidden size D and dtype ("bf16", "fp32", ...), and what ptxas said."""
     kernel: Any = getattr(listwise, name, None) or getattr(score, name)
-    size = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}[dtype]
-    t = rows.tile(D, size)
+    t = rows.tile(D, SIZES[dtype])
     acc = triton.language.float64 if dtype == "fp64" else triton.language.float32
     meta = dict(
-        D=D, D0=t.D0, D1=t.D1, BLOCK_M=t.BLOCK_M, BLOCK_C=64, BLOCK_P=32, ACC=acc,
-        ONE_PROGRAM=False,
-        SOFT=False, CENTER=False, HAS_BIAS=True, HAS_ROWS=False, HAS_MARGIN=False,
+        D=D, D0=t.D0, D1=t.D1, BLOCK_M=t.BLOCK_M, BLOCK_C=32, BLOCK_P=max(4 * t.num_warps, 8),
+        ACC=acc, ONE_PROGRAM=False, SOFT=False, SMOOTH=False, CENTER=False, HAS_BIAS=True,
+        HAS_ROWS=False, BATCHED=False, ALIGN=math.gcd(D, 16), HAS_MARGIN=False,
         HAS_GROUP_WEIGHT=False, HAS_NUM_ITEMS=False, REDUCTION="mean", DWEIGHT=True,
-        INVERSE=False, DHIDDEN=True, COEF=False,
+        INVERSE=False, DHIDDEN=True, PARTIAL=True, SLICED=True, ZERO=True, COEF=False,
     )  # fmt: skip
     meta.update(flags)
     wide = "fp64" if dtype == "fp64" else "fp32"
     absent = {
         "margin_ptr": meta["HAS_MARGIN"], "group_weight_ptr": meta["HAS_GROUP_WEIGHT"],
-        "rows_ptr": meta["HAS_ROWS"], "bias_ptr": meta["HAS_BIAS"],
-        "num_items_ptr": meta["HAS_NUM_ITEMS"], "inverse_ptr": meta["HAS_ROWS"],
+        "rows_ptr": meta["HAS_ROWS"], "bias_ptr": meta["HAS_BIAS"], "dbias_ptr": meta["ZERO"],
+        "num_items_ptr": meta["HAS_NUM_ITEMS"], "sums_ptr": meta["SLICED"],
         "coef_ptr": meta["COEF"] or "listwise" not in name,
-        "partial_ptr": meta["DWEIGHT"] or "listwise_bwd" in name,
     }  # fmt: skip
     signature, constants, attrs = {}, {}, {}
-    for at, arg in enumerate(kernel.arg_names):
+    for at, param in enumerate(kernel.params):
+        arg = param.name
         if arg in meta:
             signature[arg], constants[(at,)] = "constexpr", meta[arg]
         elif not absent.get(arg, True):
@@ -64,56 +73,196 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
             signature[arg] = POINTERS.get(arg) or f"*{dtype if stored else wide}"
             if arg == "target_ptr" and meta["SOFT"]:
                 signature[arg] = f"*{wide}"
-            attrs[(at,)] = [["tt.divisibility", 16]]
+            if not param.do_not_specialize_on_alignment:
+                attrs[(at,)] = [["tt.divisibility", 16]]
         else:
             signature[arg] = "i32"
-            if arg in ("stride_b", "stride_s") and D % 16 == 0:
-                attrs[(at,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": t.num_warps, "enable_fp_fusion": True}
-    return triton.compile(source, target=TARGETS[target], options=options)
+    options = rows.options(t, cuda=target.startswith("sm_"))
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(source, target=TARGETS[target], options=options)
+    return compiled, log.getvalue()
 
 
-def resources(compiled: Any, target: str) -> dict[str, int]:
-    """Registers, stack bytes, spilled bytes and static shared memory, as ptxas reports them."""
-    ptx = compiled.asm["ptx"]
-    arch = re.search(r"\.target (\w+)", ptx)
-    assert arch
-    with tempfile.TemporaryDirectory() as d:
-        source = Path(d) / "kernel.ptx"
-        source.write_text(ptx)
-        run = subprocess.run(
-            [get_ptxas(TARGETS[target].arch).path, "-v", f"--gpu-name={arch[1]}", str(source),
-             "-o", f"{d}/kernel.cubin"],
-            capture_output=True, text=True,
-        )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    found = {k: 0 for k in ("registers", "stack", "spills")}
-    for line in run.stderr.splitlines():
-        if m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line):
-            found["stack"] = int(m[1])
-            found["spills"] = int(m[2]) + int(m[3])
-        if m := re.search(r"Used (\d+) registers", line):
-            found["registers"] = int(m[1])
-    found["shared"] = compiled.metadata.shared
-    return found
+def resources(compiled: Any, log: str) -> dict[str, int]:
+    """Registers, stack bytes, spilled bytes and static shared memory, as ptxas reported them."""
+    found = {}
+    for name, pattern in (
+        ("registers", r"Used (\d+) registers"), ("stack", r"(\d+) bytes stack frame"),
+        ("stores", r"(\d+) bytes spill stores"), ("loads", r"(\d+) bytes spill loads"),
+    ):  # fmt: skip
+        match = re.search(pattern, log)
+        assert match, log
+        found[name] = int(match[1])
+    found["spills"] = found.pop("stores") + found.pop("loads")
+    return found | {"shared": compiled.metadata.shared}
 
 
-def main() -> None:
-    """One JSON line for each kernel asked for: target dtype D[,D...] [flag=value...]."""
-    target, dtype, sizes, *flags = sys.argv[1:]
+def report(targets: str, dtypes: str, sizes: str, *flags: str) -> None:
+    """One JSON line for each target, dtype, hidden size and direction."""
     words = {"True": True, "False": False}
     options = {k: words.get(v, v) for k, v in (f.split("=") for f in flags)}
-    for D in map(int, sizes.split(",")):
-        for name in ("_listwise_fwd_kernel", "_listwise_bwd_kernel"):
-            compiled = compile_kernel(name, D, dtype, target, **options)
-            line: dict[str, Any] = {"kernel": name, "target": target, "dtype": dtype, "D": D}
-            if target.startswith("sm_"):
-                line |= resources(compiled, target)
-            else:
-                line["binary"] = len(compiled.asm["hsaco"])
-            print(json.dumps(line), flush=True)
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # from its cache Triton gives no log
+    names = ("_listwise_fwd_kernel", "_listwise_bwd_kernel")
+    wanted = itertools.product(targets.split(","), dtypes.split(","), sizes.split(","), names)
+    for target, dtype, D, name in wanted:
+        compiled, log = compile_kernel(name, int(D), dtype, target, **options)
+        line: dict[str, Any] = {"kernel": name, "target": target, "dtype": dtype, "D": int(D)}
+        if target.startswith("sm_"):
+            line |= resources(compiled, log)
+        else:
+            line["binary"] = len(compiled.asm["hsaco"])
+        t = rows.tile(int(D), SIZES[dtype])
+        print(json.dumps(line | {"warps": t.num_warps, "programs": t.programs_per_sm}), flush=True)
+
+
+class _FakeGPU:
+    """A Triton driver for an H100 that is not there: launches are noted, nothing runs."""
+
+    calls: list[tuple[Any, ...]] = []
+    loaded = itertools.count()
+
+    class launcher_cls:  # noqa: N801
+        def __init__(self, src: Any, metadata: Any) -> None: ...
+
+        def __call__(self, *args: Any) -> None:
+            _FakeGPU.calls.append(args)
+
+    class utils:  # noqa: N801
+        @staticmethod
+        def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
+            return "module", (name, next(_FakeGPU.loaded)), 0, 0, 1024
+
+        @staticmethod
+        def unload_module(module: str) -> None: ...
+
+        @staticmethod
+        def get_device_properties(device: int) -> dict[str, int]:
+            return {"max_shared_mem": 232448}
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS["sm_90"]
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _problem(
+    M: int = 64, D: int = 128, *, shift: int = 0, gap: int = 0, gathered: bool = False,
+    soft: bool = False, dtype: torch.dtype = torch.bfloat16, reduction: str = "mean",
+    smoothing: float = 0.0, center: float = 0.0, margin: bool = False, bias: bool = True,
+) -> Callable[[], None]:  # fmt: skip
+    """Forward and backward of M candidates in pairs; hidden `shift` elements into its memory."""
+    memory = torch.zeros(4 * M * (D + gap) + shift, dtype=dtype)
+    hidden = memory[shift:].view(4 * M, D + gap)[:, :D][: None if gathered else M]
+    weight, b = torch.zeros(1, D, dtype=dtype), torch.zeros(1, dtype=dtype) if bias else None
+    offsets = torch.arange(0, M + 1, 2)
+    target = torch.full((M,), 0.5) if soft else torch.zeros(M // 2, dtype=torch.int64)
+    chosen = torch.arange(0, 4 * M, 4) if gathered else None
+    extra = torch.zeros(M) if margin else None
+    grad = torch.ones(M // 2) if reduction == "none" else torch.ones(())
+    options = (1.0, smoothing, center, reduction)
+    triton_backend = backend.TritonBackend()
+
+    def forward() -> tuple[Tensor, ...]:
+        return triton_backend.listwise_fwd(
+            hidden, weight, b, offsets, target, chosen, extra, None, None, *options, True, True
+        )[2]
+
+    def backward(state: tuple[Tensor, ...]) -> None:
+        triton_backend.listwise_bwd(
+            grad, weight, chosen, state, hidden, hidden.shape, dtype, options, True, True, bias
+        )
+
+    def both() -> None:
+        backward(forward())
+
+    both.forward, both.backward = forward, backward  # type: ignore[attr-defined]
+    return both
+
+
+def _noted(run: Callable[[], None]) -> list[Any]:
+    """What the launches of `run` hand to the launcher; of tensors, what a kernel sees of them."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.dtype, x.shape, x.stride(), x.data_ptr() % 16
+        return x.get() if isinstance(x, LazyDict) else x
+
+    _FakeGPU.calls.clear()
+    run()
+    return [[plain(x) for x in call] for call in _FakeGPU.calls]
+
+
+def _microseconds(run: Callable[[], Any], calls: int = 300) -> float:
+    best = math.inf
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        best = min(best, time.perf_counter() - begin)
+    return round(1e6 * best / calls, 1)
+
+
+def launches() -> None:
+    """Every cached launch hands over what Triton's own would; one JSON line of what that costs."""
+    triton.runtime.driver.set_active(_FakeGPU())
+    rows.sm_count = lambda device: 132
+    plain = _problem()
+    runs = {
+        "plain": plain, "unaligned": _problem(shift=1), "again": plain, "strided": _problem(gap=8),
+        "other stride": _problem(gap=1), "more rows": _problem(5000), "one program": _problem(2),
+        "gathered": _problem(gathered=True), "soft": _problem(soft=True, margin=True),
+        "fp32": _problem(dtype=torch.float32), "none": _problem(reduction="none"),
+        "smoothed": _problem(smoothing=0.1), "centred": _problem(center=0.1),
+        "no bias": _problem(bias=False), "wider": _problem(D=256),
+    }  # fmt: skip
+    cached = [x for x in vars(backend).values() if isinstance(x, backend._Launch)]
+    for run in runs.values():
+        run()
+    compiled = sum(len(x.compiled) for x in cached)
+    ours = {name: _noted(run) for name, run in runs.items()}
+    assert sum(len(x.compiled) for x in cached) == compiled
+    for name, run in runs.items():
+        for x in cached:
+            x.compiled.clear()
+        assert _noted(run) == ours[name], name
+    functions = [ours[name][0][4] for name in ("plain", "unaligned", "other stride", "wider")]
+    assert len(set(functions)) == len(functions)
+    assert ours["more rows"][0][4] == ours["plain"][0][4]  # another M compiles nothing
+
+    line: dict[str, Any] = {"triton": triton.__version__}
+    for name in ("plain", "gathered"):
+        with _Operators() as operators:
+            noted = _noted(runs[name])
+        line[name] = {
+            "launches": [call[4][0] for call in noted], "operators": sorted(operators.seen)
+        }
+        forward, backward = runs[name].forward, runs[name].backward  # type: ignore[attr-defined]
+        state = forward()
+        line[name]["forward_us"] = _microseconds(forward)
+        line[name]["backward_us"] = _microseconds(lambda: backward(state))  # noqa: B023
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["launches"]:
+        launches()
+    else:
+        for plus, words in itertools.groupby(sys.argv[1:], lambda word: word == "+"):
+            if not plus:
+                report(*words)

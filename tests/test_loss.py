@@ -57,9 +57,11 @@ def test_every_option_matches_cross_entropy(backend: str) -> None:
 @pytest.mark.parametrize("kind", ["ones", "pairs", "giant", "uniform", "zipf"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_raggedness(backend: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "triton" and not CUDA:  # each block of rows costs the interpreter the same
+    M = 20_000
+    if backend == "triton" and not CUDA:  # each row costs the interpreter some milliseconds
+        M = 1500
         monkeypatch.setattr(rows, "tile", lambda D, size: rows.Tile(32, 1, 512, 4, 1))
-    sizes = ragged_sizes(kind, 20_000, torch.Generator().manual_seed(3))
+    sizes = ragged_sizes(kind, M, torch.Generator().manual_seed(3))
     check_close(make(sizes, 33, temperature=0.7, margin=True), backend, 1e-9)
 
 
