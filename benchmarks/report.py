@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from fastrm_benchmarks.problems import KINDS, Point
-from fastrm_benchmarks.providers import COMPILE, NAMES
+from fastrm_benchmarks.providers import COMPILE, NAMES, SMALLEST
 
 Row = dict[str, Any]
 BOTH = "forward_backward"
@@ -87,7 +87,7 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 def make_tables(machines: Sequence[Machine]) -> dict[str, str]:
     """By sweep, of every device; by FOLDER/SWEEP, of one."""
     makers: dict[str, Callable[[Machine], str]] = {
-        "summary": _summary, "costs": _costs, "small": _small
+        "summary": _summary, "costs": _costs, "small": _small, "train": _train
     }  # fmt: skip
     for sweep in ("size", "ragged", "hidden", "layout", "quick", "custom"):
         makers[sweep] = partial(_relative, sweep=sweep)
@@ -104,7 +104,7 @@ def make_tables(machines: Sequence[Machine]) -> dict[str, str]:
 def _relative(machine: Machine, sweep: str) -> str:
     """Time of forward and backward in units of the clone's."""
     points = machine.sweep(sweep)
-    names = [n for n in _providers(points) if n != "clone"]
+    names = [n for n in _providers(points) if n not in ("clone", SMALLEST)]
     lines = []
     for point, rows in points.items():
         clone = rows.get(("clone", BOTH))
@@ -149,6 +149,27 @@ def _costs(machine: Machine) -> str:
     caption = f"one forward and backward of {point}"
     heads = ["", "launches", "synchronisations", "peak memory", "kept for backward"]
     return _table(machine, caption, heads, lines)
+
+
+def _train(machine: Machine) -> str:
+    """Training steps: a column a contestant, groups a second and memory beyond the model."""
+    rows = [row for row in machine.rows if row["sweep"] == "train"]
+    names = list(dict.fromkeys(row["provider"] for row in rows if "groups_per_s" in row))
+    lines = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        of = {row["provider"]: row for row in rows if row["setting"] == setting}
+        facts = next(iter(of.values()))
+        base = of.get("padded-loop", {}).get("groups_per_s")
+        cells = []
+        for name in names:
+            speed, peak = (of.get(name, {}).get(k) for k in ("groups_per_s", "peak_bytes"))
+            cell = "–" if speed is None else f"{speed:.2f}/s"
+            cell += f" ({speed / base:.2f}x)" if speed and base else ""
+            cells.append(cell + (f", {_bytes(peak)}" if peak else ""))
+        share = f"{facts['tokens_padded'] / facts['tokens_once']:.1f}x"
+        lines.append([setting, share, *cells])
+    caption = "groups a second (times padded-loop), memory of a step beyond the model's"
+    return _table(machine, caption, ["", "tokens padded / prompt once", *names], lines)
 
 
 def _summary(machine: Machine) -> str:

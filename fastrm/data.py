@@ -2,7 +2,7 @@
 
 A row is ``{"prompt": text or messages, "candidates": [text or messages, ...], "best": int}`` with
 optional ``weight``, ``margin``, and ``labels`` or ``ranks`` in place of ``best``.
-Letters: N groups, M candidates, S tokens of the longest candidate.
+Letters: N groups, M candidates.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, NoReturn, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastrm.packing import Cost, plan
 
 Row = dict[str, Any]
 
@@ -313,36 +315,37 @@ def _tokenize_pairs(
 
 
 class RaggedCollator:
-    """A list of examples as one right-padded batch.
+    """A list of examples as one batch.
 
-    The batch holds what the backbone reads, input_ids (M, S), attention_mask (M, S) and
-    token_type_ids where the tokenizer has them; and what the loss reads, offsets (N + 1,),
-    target (N,) or (M,), rows (M,) where `last_token` (the last token of candidate i is row
-    `rows[i]` of the hidden states), and margin (M,) and group_weight (N,) where a row has them.
+    The batch holds what the backbone reads, input_ids and what else its layout brings, and what
+    the loss reads: offsets (N + 1,), target (N,) or (M,), rows (M,) unless the model pools and the
+    layout is padded (candidate i is row `rows[i]` of the hidden states), and margin (M,) and
+    group_weight (N,) where a row has them.
+
+    Args:
+        pad_token_id: fills rows up.
+        last_token: whether a candidate is read at its last token; otherwise the model pools.
+        layouts: those of `fastrm.packing` to choose from, for each batch the cheapest.
+        cost: what a batch costs.
     """
 
-    def __init__(self, pad_token_id: int, last_token: bool) -> None:
+    def __init__(
+        self,
+        pad_token_id: int,
+        last_token: bool,
+        layouts: Sequence[str] = ("padded",),
+        cost: Cost | None = None,
+    ) -> None:
         self.pad_token_id = pad_token_id
         self.last_token = last_token
+        self.layouts = layouts
+        self.cost = cost or Cost()
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        sequences = [ids for e in examples for ids in e["input_ids"]]
-        lengths = np.array([len(ids) for ids in sequences])
-        M, S = len(sequences), int(lengths.max())
-        real = np.arange(S) < lengths[:, None]
-        ids = np.full((M, S), self.pad_token_id, dtype=np.int64)
-        ids[real] = np.concatenate(sequences)
-        mask = torch.from_numpy(real).long()
-        batch = {"input_ids": torch.from_numpy(ids), "attention_mask": mask}
-        if examples[0]["token_type_ids"] is not None:
-            types = np.zeros((M, S), dtype=np.int64)
-            types[real] = np.concatenate([t for e in examples for t in e["token_type_ids"] or ()])
-            batch["token_type_ids"] = torch.from_numpy(types)
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        batch = plan(examples, self.layouts, self.cost, self.last_token).build(self.pad_token_id)
         sizes = [len(e["input_ids"]) for e in examples]
         batch["offsets"] = torch.from_numpy(np.concatenate([[0], np.cumsum(sizes)]))
         batch["target"] = _targets([e["target"] for e in examples], sizes)
-        if self.last_token:
-            batch["rows"] = torch.from_numpy(np.arange(M) * S + lengths - 1)
         margins = [e["margin"] for e in examples]
         if any(m is not None for m in margins):
             filled = [np.zeros(k, np.float32) if m is None else m

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from fastrm import packing
 from fastrm.data import DataError, RaggedCollator, row_target, tokenize_row
 
 Row = Mapping[str, Any]
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def score_rows(
@@ -24,6 +24,7 @@ def score_rows(
     *,
     batch_size: int = 16,
     max_length: int | None = None,
+    layout: str = "auto",
     progress: bool = False,
 ) -> list[list[float] | None]:
     """The raw reward of every candidate, fp32, with no sigmoid.
@@ -35,6 +36,7 @@ def score_rows(
         batch_size: groups at a time. Groups of similar length go together.
         max_length: tokens of a prompt with one candidate, never more than the model reads. A longer
             prompt is cut at its left.
+        layout: one of `fastrm.packing.LAYOUTS`; auto: for each batch the cheapest.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -46,7 +48,10 @@ def score_rows(
 
     head, pairs = attach_head(model), is_encoder(model)
     limit = token_limit(model, tokenizer, max_length)
-    collate = RaggedCollator(tokenizer.pad_token_id, last_token=not pairs)
+    with torch.inference_mode():
+        layouts, _ = packing.usable(model, head, pairs, layout, gradients=False)
+    cost = packing.Cost.of(model)
+    collate = RaggedCollator(tokenizer.pad_token_id, not pairs, layouts, cost)
     rewards: list[list[float] | None] = [None] * len(rows)
     was_training = model.training
     model.eval()
@@ -59,11 +64,9 @@ def score_rows(
                 fits = [(n, example) for n, example in found if example is not None]
                 if fits:
                     batch = collate([example for _, example in fits])
-                    batch = {name: x.to(model.device) for name, x in batch.items()}
-                    inputs = {k: x for k, x in batch.items() if k in MODEL_INPUTS}
+                    batch = packing.to_device(batch, model.device)
                     with head.scoring(batch) as result:
-                        model(**inputs)
-                    assert result.scores is not None
+                        packing.run(model, batch, model.config)
                     groups = result.scores.split(batch["offsets"].diff().tolist())
                     for (n, _), scores in zip(fits, groups, strict=True):
                         rewards[n] = scores.tolist()

@@ -26,17 +26,18 @@ from transformers import (
 from transformers.utils import cached_file
 
 from fastrm.functional import listwise_loss, score
+from fastrm.packing import GROUP_KEYS
 
-GROUP_KEYS = ("offsets", "target", "margin", "group_weight")  # of a batch, besides `rows`
 _WHERE = ("revision", "subfolder", "token", "cache_dir")  # arguments that say which file
 
 
 @dataclass
 class HeadResult:
-    """What the head computed inside `listwise` or `scoring`."""
+    """What the head computed inside `listwise`, `scoring` or `reading`."""
 
+    hidden: Tensor = field(init=False)  # (M, D), by `reading` alone
     scores: Tensor = field(init=False)  # (M,) fp32
-    loss: Tensor = field(init=False)  # () or (N,), not by `scoring`
+    loss: Tensor = field(init=False)  # () or (N,), by `listwise` alone
 
 
 class RewardHead(nn.Linear):
@@ -45,29 +46,34 @@ class RewardHead(nn.Linear):
     Inside ``with head.listwise(batch) as result:`` its forward is the fused loss over the
     candidates' rows instead, and the model's own forward, wrapped in whatever way, carries the loss
     out as its logits. So the head never runs over all tokens and no model needs code of its own.
+    Where a batch takes several forwards (`fastrm.packing.run`), the last one brings the loss.
     """
 
     _instead: Callable[[Tensor], Tensor] | None = None
 
     @contextmanager
-    def listwise(self, batch: Mapping[str, Tensor], **options: Any) -> Iterator[HeadResult]:
+    def listwise(
+        self, batch: Mapping[str, Tensor], before: Tensor | None = None, **options: Any
+    ) -> Iterator[HeadResult]:
         """Inside, a forward gives a tensor full of the loss of `batch`, and fills the result.
 
         Args:
             batch: offsets, target, and where there are any rows, margin, group_weight.
+            before: hidden states of the first candidates, where the forward has only the others.
             options: further arguments of `fastrm.listwise_loss`.
         """
         result = HeadResult()
         options.update({k: batch[k] for k in GROUP_KEYS if k in batch})
 
-        def forward(hidden: Tensor) -> Tensor:
+        def loss(hidden: Tensor, rows: Tensor | None) -> Tensor:
+            if before is not None:
+                hidden, rows = torch.cat([before, _chosen(hidden, rows)]), None
             result.loss, result.scores = listwise_loss(
-                hidden, self.weight, self.bias, rows=_rows(hidden, batch), return_scores=True,
-                **options,
-            )  # fmt: skip
-            return result.loss.sum().expand(*hidden.shape[:-1], 1)
+                hidden, self.weight, self.bias, rows=rows, return_scores=True, **options
+            )
+            return result.loss
 
-        with self._replaced_by(forward):
+        with self._replaced_by(loss, batch):
             yield result
 
     @contextmanager
@@ -75,15 +81,59 @@ class RewardHead(nn.Linear):
         """Inside, a forward fills the result's scores; what it returns means nothing."""
         result = HeadResult()
 
-        def forward(hidden: Tensor) -> Tensor:
-            result.scores = score(hidden, self.weight, self.bias, rows=_rows(hidden, batch))
-            return result.scores.sum().expand(*hidden.shape[:-1], 1)
+        def scores(hidden: Tensor, rows: Tensor | None) -> Tensor:
+            result.scores = score(hidden, self.weight, self.bias, rows=rows)
+            return result.scores
 
-        with self._replaced_by(forward):
+        with self._replaced_by(scores, batch):
             yield result
 
     @contextmanager
-    def _replaced_by(self, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def reading(self, batch: Mapping[str, Tensor]) -> Iterator[HeadResult]:
+        """As `scoring`, with the hidden states too."""
+        result = HeadResult()
+
+        def read(hidden: Tensor, rows: Tensor | None) -> Tensor:
+            result.hidden = _chosen(hidden, rows)
+            result.scores = score(result.hidden, self.weight, self.bias)
+            return result.hidden
+
+        with self._replaced_by(read, batch):
+            yield result
+
+    @contextmanager
+    def pulling(self, batch: Mapping[str, Tensor], gradient: Tensor) -> Iterator[None]:
+        """Inside, a forward gives a tensor full of the scores' product with their `gradient`.
+
+        It differentiates to the gradient of the backbone alone, not to that of the head.
+        """
+
+        def pulled(hidden: Tensor, rows: Tensor | None) -> Tensor:
+            return score(hidden, self.weight.detach(), rows=rows) @ gradient
+
+        with self._replaced_by(pulled, batch):
+            yield
+
+    @contextmanager
+    def _replaced_by(
+        self, function: Callable[[Tensor, Tensor | None], Tensor], batch: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """Call `function` with the hidden states and the candidates' rows among them."""
+        parts: list[Tensor] = []
+
+        def forward(hidden: Tensor) -> Tensor:
+            if "splits" in batch:
+                parts.append(_last(hidden, batch, sum(map(len, parts))))
+                if len(parts) < len(batch["splits"]):
+                    return hidden[..., :1]
+                found = function(torch.cat(parts), batch["rows"])
+            elif "prompt_ids" in batch and not parts:
+                parts.append(hidden)
+                return hidden[..., :1]
+            else:
+                found = function(hidden, _rows(hidden, batch))
+            return found.sum().expand(*hidden.shape[:-1], 1)
+
         self._instead = forward
         try:
             yield
@@ -99,12 +149,25 @@ class RewardHead(nn.Linear):
             return F.linear(hidden.to(dtype), self.weight.to(dtype), bias)
 
 
+def _chosen(hidden: Tensor, rows: Tensor | None) -> Tensor:
+    hidden = hidden.flatten(0, -2)
+    return hidden if rows is None else hidden[rows]
+
+
 def _rows(hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
     if hidden.dim() == 2:  # the model pooled, one row a candidate
         return None
     if "rows" not in batch:
         raise ValueError("batch must have 'rows': this model's head reads every token")
     return batch["rows"]
+
+
+def _last(hidden: Tensor, batch: Mapping[str, Tensor], start: int) -> Tensor:
+    """The hidden states of the sequences from `start` on, one each."""
+    if hidden.dim() == 2:
+        return hidden
+    i = torch.arange(len(hidden), device=hidden.device)
+    return hidden[i, batch["last"][start : start + len(hidden)]]
 
 
 def attach_head(model: nn.Module) -> RewardHead:

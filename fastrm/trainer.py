@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
     EarlyStoppingCallback,
@@ -26,12 +31,13 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, seed_worker
 
-from fastrm import backends
+from fastrm import backends, packing
+from fastrm.batching import ChunkingCollator, GroupBatchSampler, group_tokens
 from fastrm.data import Examples, RaggedCollator, check_rows, tokenize_rows
+from fastrm.functional import listwise_loss_from_scores
 from fastrm.model import (
-    GROUP_KEYS,
     attach_head,
     disable_dropout,
     is_encoder,
@@ -58,6 +64,13 @@ class RewardConfig(TrainingArguments):
         1024,
         "Most tokens of a prompt with one candidate. A longer prompt is cut at its left; a group "
         "with a candidate that does not fit even so is left out. Never more than the model reads.",
+    )
+    layout: str = _option(
+        "auto",
+        "Where a batch's tokens lie: padded (each candidate in a row, as long as the longest), "
+        "split (the same in a few forwards, each of similar lengths), packed (one candidate after "
+        "another in a row), shared (a prompt once for all its candidates) or cached (the same in "
+        "two forwards). The results are the same; auto takes the cheapest that the model can run.",
     )
     temperature: float = _option(1.0, "Divides the rewards in the softmax of the loss.")
     center_rewards_coefficient: float | None = _option(
@@ -89,6 +102,13 @@ class RewardConfig(TrainingArguments):
     per_device_train_batch_size: int = _option(
         8, "GROUPS per device and forward pass in training, each with all its candidates."
     )
+    max_tokens_per_batch: int | None = _option(
+        None,
+        "Fill the batches of training with whole groups up to so many tokens, in place of "
+        "per_device_train_batch_size groups. Counted are those that the model computes, without "
+        "padding. A group with more is computed in chunks of its candidates, at the price of one "
+        "more forward pass: the gradient is the same, the memory that of a chunk.",
+    )
     per_device_eval_batch_size: int = _option(8, "GROUPS per device in evaluation.")
     label_smoothing_factor: float = _option(
         0.0, "Share of the target that is spread evenly over each group's candidates, 0 to 1."
@@ -103,6 +123,10 @@ class RewardConfig(TrainingArguments):
     )
     remove_unused_columns: bool = _option(
         False, "Must be False: the loss reads columns that the model does not."
+    )
+    use_cpu: bool = _option(
+        not torch.accelerator.is_available(),
+        "Train on the CPU. Several processes there need it, or each would train alone.",
     )
     dataloader_pin_memory: bool = _option(
         torch.cuda.is_available(), "Pin batches in memory for faster copies to the device."
@@ -121,6 +145,10 @@ class RewardConfig(TrainingArguments):
 
         need(self.learning_rate >= 0, "learning_rate", "be 0 or more")
         need(self.per_device_train_batch_size > 0, "per_device_train_batch_size", "be above 0")
+        need(self.max_tokens_per_batch is None or self.max_tokens_per_batch > 0,
+             "max_tokens_per_batch", "be above 0")  # fmt: skip
+        need(self.max_tokens_per_batch is None or not self.dataloader_drop_last,
+             "dataloader_drop_last", "be False with max_tokens_per_batch")  # fmt: skip
         need(self.per_device_eval_batch_size > 0, "per_device_eval_batch_size", "be above 0")
         need(self.gradient_accumulation_steps > 0, "gradient_accumulation_steps", "be above 0")
         need(0 <= self.seed < 2**32, "seed", "be from 0 to 2^32 - 1")
@@ -129,6 +157,8 @@ class RewardConfig(TrainingArguments):
         need(self.model_dtype in ("auto", "float32", "bfloat16", "float16"), "model_dtype",
              "be auto, float32, bfloat16 or float16")  # fmt: skip
         need(self.max_length is None or self.max_length > 0, "max_length", "be above 0")
+        layouts = ("auto", *packing.LAYOUTS)
+        need(self.layout in layouts, "layout", f"be one of {', '.join(layouts)}")
         need(0 < self.temperature < float("inf"), "temperature", "be a finite number above 0")
         center = self.center_rewards_coefficient
         need(center is None or 0 <= center < float("inf"), "center_rewards_coefficient",
@@ -145,9 +175,10 @@ class RewardConfig(TrainingArguments):
              "be random or sequential, because groups have no single length")  # fmt: skip
         for name in ("bf16_full_eval", "fp16_full_eval"):
             need(not getattr(self, name), name, "be False, because it rounds the trained weights")
-        if getattr(self.accelerator_config, "dispatch_batches", None):
-            raise ValueError("accelerator_config.dispatch_batches must not be set, because it "
-                             "cuts batches by rows and groups are ragged")  # fmt: skip
+        for name in ("dispatch_batches", "split_batches"):
+            if getattr(self.accelerator_config, name, None):
+                raise ValueError(f"accelerator_config.{name} must not be set, because it "
+                                 "cuts batches by rows and groups are ragged")  # fmt: skip
 
 
 class RewardTrainer(Trainer):
@@ -203,8 +234,14 @@ class RewardTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
 
+        if args.layout != "auto" and data_collator is not None:
+            raise ValueError(f"layout must be auto with a data_collator, got {args.layout!r}")
+        if args.ddp_broadcast_buffers is None:
+            # They are constants, and layout split calls the model in turns of its own on each rank.
+            args.ddp_broadcast_buffers = False
         self._max_tokens = token_limit(model, processing_class, args.max_length)
         self._pairs = is_encoder(model)
+        self._model_config = model.config
         self._tokenizer = processing_class
         if train_dataset is not None:
             train_dataset = self._tokenized(train_dataset, "train_dataset")
@@ -242,8 +279,11 @@ class RewardTrainer(Trainer):
         )
         # The loss of a micro-batch is already divided by the groups of the whole step.
         self.model_accepts_loss_kwargs = True
+        layout = "layout of the data_collator"
+        if data_collator is None:
+            layout = self._set_layouts(model, args.layout, train_dataset)
         if train_dataset is not None:
-            self._describe(model, train_dataset)
+            self._describe(model, train_dataset, layout)
 
     def _tokenized(self, rows: Any, name: str) -> Examples:
         if isinstance(rows, Examples):
@@ -254,25 +294,125 @@ class RewardTrainer(Trainer):
         if not examples:
             raise ValueError(f"{name}: no group is left, every one has a candidate of more than "
                              f"{self._max_tokens} tokens")  # fmt: skip
+        if name.startswith("eval"):
+            log.info("%s: %d groups; %s", name, len(examples), self._said_of_length(examples))
         return examples
 
-    def _describe(self, model: torch.nn.Module, examples: Examples) -> None:
+    def _said_of_length(self, examples: Examples) -> str:
+        cut, left_out = _cut_and_left_out(examples)
+        return (f"{cut} prompts cut at the left to {self._max_tokens} tokens, "
+                f"{left_out} groups left out as too long")  # fmt: skip
+
+    def _set_layouts(self, model: PreTrainedModel, layout: str, examples: Examples | None) -> str:
+        """Tell the collator which layouts the model can run; returns what to log of them."""
+        collate: Any = self.data_collator
+        refused: dict[str, str] = {}
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            reason = "is sharded, and must be called as often on every device"
+            refused |= {"split": reason, "cached": reason}
+        if self.args.gradient_checkpointing:
+            refused["cached"] = "keeps no cache under gradient checkpointing"
+        collate.cost = packing.Cost.of(model)
+        # One process decides for all: elsewhere the weights of a model in shards may not be there.
+        decision: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                with self.accelerator.autocast():
+                    decision[0] = packing.usable(
+                        model, self.head, self._pairs, layout, refused=refused
+                    )
+            except ValueError as error:
+                decision[0] = error
+        broadcast_object_list(decision)
+        if isinstance(decision[0], ValueError):
+            raise decision[0]
+        collate.layouts, reasons = decision[0]
+        if examples is None:
+            return ""
+        size = self.args.per_device_train_batch_size
+        found = packing.describe(examples, size, collate.layouts, collate.cost, not self._pairs)
+        return found + "".join(f"; not {other}: the model {why}" for other, why in reasons.items())
+
+    def _describe(self, model: torch.nn.Module, examples: Examples, layout: str) -> None:
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info(
-            "training %s: %.1fM parameters, layout padded, %d groups, %d candidates, %d tokens; "
-            "%d prompts cut at the left to %s tokens, %d groups left out as too long",
+            "training %s: %.1fM parameters, %d groups, %d candidates, %d tokens; %s; %s",
             type(model).__name__, parameters / 1e6, len(examples),
             sum(len(e["input_ids"]) for e in examples),
             sum(len(ids) for e in examples for ids in e["input_ids"]),
-            sum(int(e["cut"]) for e in examples), self._max_tokens, examples.dropped,
+            self._said_of_length(examples), layout,
         )  # fmt: skip
+
+    def get_train_dataloader(self) -> Any:
+        """As in `transformers.Trainer`, with the batches of `fastrm.batching`."""
+        args: Any = self.args
+        examples: Any = self.train_dataset
+        collate: Any = self.data_collator
+        if examples is None:
+            raise ValueError("training needs a train_dataset")
+        limit = args.max_tokens_per_batch
+        shared = not {"shared", "cached"}.isdisjoint(getattr(collate, "layouts", ()))
+        tokens = [group_tokens(e, shared) for e in examples]
+        if self.is_deepspeed_enabled and limit is not None and max(tokens) > limit:
+            raise ValueError(
+                "max_tokens_per_batch must hold every group with DeepSpeed, which updates after "
+                f"each backward pass and so cannot take one in chunks: got {limit}, and a group "
+                f"of {max(tokens)} tokens"
+            )
+        self._batches = GroupBatchSampler(
+            tokens, self._train_batch_size, limit,
+            ranks=self.accelerator.num_processes, rank=self.accelerator.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random", drop_last=args.dataloader_drop_last,
+        )  # fmt: skip
+        if limit is not None:
+            log.info(
+                "%d batches of at most %d tokens an epoch on each of %d devices; %d groups have "
+                "more and are computed in chunks",
+                len(self._batches), limit, self._batches.ranks, sum(n > limit for n in tokens),
+            )  # fmt: skip
+        self._collate = ChunkingCollator(collate, examples, limit, shared)
+        loader: DataLoader = DataLoader(
+            examples, batch_sampler=self._batches, collate_fn=self._collate,
+            num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor, in_order=args.dataloader_in_order,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        )  # fmt: skip
+        # The sampler brings the batches of this device alone, so nothing is left to shard.
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0,
+            put_on_device=self.accelerator.device_placement,
+            non_blocking=self.accelerator.non_blocking,
+        )  # fmt: skip
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Groups of an optimiser step; their mean where batches are filled by tokens."""
+        if self._batches.max_tokens is None:
+            return super().get_total_train_batch_size(args)
+        groups = len(self._batches.tokens) * args.gradient_accumulation_steps
+        return round(groups / len(self._batches))
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
         """The micro-batches of an optimiser step and the number of its groups on all devices."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._batches.max_tokens is not None and self.is_fsdp_enabled:
+            self._align(batches, device)
         return batches, self._count_groups(batches, device)
+
+    def _align(self, batches: list[Any], device: torch.device) -> None:
+        """Give micro-batches idle chunks: a model in shards must be called as often everywhere."""
+        own = torch.tensor([len(b.get("chunks", [b])) for b in batches], device=device)
+        most = self.accelerator.gather(own).view(-1, len(batches)).amax(0)
+        for batch, n in zip(batches, (most - own).tolist(), strict=True):
+            if n > 0:
+                batch.setdefault("chunks", [_without_groups(batch)])
+                batch["idle"] = [_without_groups(self._collate([]))] * n
 
     def _count_groups(self, batches: Iterable[Any], device: torch.device) -> Tensor:
         count = torch.zeros((), dtype=torch.int64, device=device)
@@ -293,8 +433,11 @@ class RewardTrainer(Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._count_groups([inputs], inputs["offsets"].device)
         options = {**self._options, "num_items_in_batch": num_items_in_batch}
-        with self.head.listwise(inputs, **options) as result:
-            outputs = model(**_model_inputs(inputs))
+        if "chunks" in inputs:
+            result, outputs = self._in_chunks(model, inputs, options)
+        else:
+            with self.head.listwise(inputs, **options) as result:
+                outputs = packing.run(model, inputs, self._model_config)
         loss = outputs.logits.flatten()[0]
         if model.training:
             stats = group_stats(result.scores, inputs, self._options["temperature"]).sum(0)
@@ -303,6 +446,48 @@ class RewardTrainer(Trainer):
         # Data parallelism averages gradients over processes where this needs their sum.
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _in_chunks(
+        self, model: torch.nn.Module, inputs: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """The loss of a group, of which only the last chunk is left to backpropagate.
+
+        Gradient caching (Gao et al., 2021): all scores without a graph, the gradient of the loss
+        with respect to them, then each chunk with a graph. The last one brings the loss itself,
+        with the hidden states of the others as constants, and so the gradient of the head.
+        """
+        idle = len(inputs.get("idle", ()))
+        chunks, config = [*inputs.get("idle", ()), *inputs["chunks"]], self._model_config
+        group = {k: inputs[k] for k in packing.GROUP_KEYS if k in inputs}
+        seed = int(torch.randint(2**62, ()))  # both forwards of a chunk drop the same units
+        read = []
+        for k, chunk in enumerate(chunks):
+            with torch.no_grad(), self._seeded(seed + k), self.head.reading(chunk) as result:
+                packing.run(model, chunk, config)
+            read.append(result)
+        with torch.enable_grad():
+            scores = torch.cat([r.scores for r in read]).requires_grad_()
+            loss = listwise_loss_from_scores(scores[idle:], **group, **options)
+        gradients = torch.autograd.grad(loss, scores)[0].split([len(r.scores) for r in read])
+        for k, chunk in enumerate(chunks[:-1]):
+            with self.accelerator.no_sync(model), self._seeded(seed + k):
+                with self.head.pulling(chunk, gradients[k]):
+                    pulled = packing.run(model, chunk, config).logits.flatten()[0]
+                if pulled.requires_grad:  # or only the head trains
+                    self.accelerator.backward(pulled * self.accelerator.num_processes)
+        before = torch.cat([r.hidden for r in read[:-1]])[idle:]
+        with self._seeded(seed + len(chunks) - 1):
+            with self.head.listwise({**chunks[-1], **group}, before, **options) as result:
+                outputs = packing.run(model, chunks[-1], config)
+        return result, outputs
+
+    @contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        device = self.args.device
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices, device_type=device.type):
+            torch.manual_seed(seed)
+            yield
 
     def prediction_step(
         self,
@@ -315,10 +500,25 @@ class RewardTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             with self.head.listwise(inputs, reduction="none", **self._options) as result:
-                model(**_model_inputs(inputs))
+                packing.run(model, inputs, self._model_config)
             stats = group_stats(result.scores, inputs, self._options["temperature"])
             stats[:, 0].copy_(result.loss)
         return None, stats, stats[:, 1]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `transformers.Trainer`; a model in shards is saved whole, except in checkpoints."""
+        if _internal_call or not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; says what was too long too."""
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        cut, left_out = _cut_and_left_out(dataloader.dataset)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        return output._replace(metrics={
+            **(output.metrics or {}), f"{prefix}_prompts_cut": cut, f"{prefix}_left_out": left_out
+        })  # fmt: skip
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in `transformers.Trainer`; takes rows too."""
@@ -335,11 +535,19 @@ class RewardTrainer(Trainer):
             sums = self.accelerator.reduce(self._window, reduction="sum")
             logs.update(_means(sums.tolist()))
             self._window = None
+        if "train_runtime" in logs:
+            cut, left_out = _cut_and_left_out(self.train_dataset)
+            logs.update(train_prompts_cut=cut, train_left_out=left_out)
         super().log(logs, start_time)
 
 
-def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in batch.items() if k not in GROUP_KEYS and k != "rows"}
+def _cut_and_left_out(examples: Any) -> tuple[int, int]:
+    """How many prompts lost tokens at their left, and how many groups did not fit even so."""
+    return sum(int(e["cut"]) for e in examples), examples.dropped
+
+
+def _without_groups(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in batch.items() if k not in packing.GROUP_KEYS}
 
 
 def _counted(batch: Mapping[str, Tensor]) -> Tensor:

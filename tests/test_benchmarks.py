@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import problems as test_problems
 import pytest
@@ -277,3 +279,48 @@ def test_speed(benchmark, name, shape):
         call.clear(0)
 
     benchmark(once)
+
+
+TINY = dict(
+    model_type="llama", hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1, vocab_size=8192,
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("transformers")
+    from fastrm_benchmarks import train
+
+    monkeypatch.setitem(train.CONFIGS, "tiny", TINY)
+    monkeypatch.setattr(train, "_peak_memory", lambda *args: 2**20)  # a process each, seconds
+    return train
+
+
+def test_training_steps_agree_and_are_timed(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "LEARNING_RATE", 1e-3)
+    setting = tiny.Setting("tiny", "5/2/3", batch_size=2)
+    names = [n for n in tiny.CONTESTANTS if n != "trl" or importlib.util.find_spec("trl")]
+    rows = tiny.measure(setting, names, torch.device("cpu"), steps=20)
+    assert [row["provider"] for row in rows] == names
+    for row in rows:
+        assert row["groups"] == 40 and row["groups_per_s"] > 0, row
+        assert (row["tokens"], row["tokens_once"]) == (40 * 2 * 8, 40 * (5 + 2 * 3))
+        # The same losses step after step, TRL's included: the same gradients and updates.
+        assert row["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4)
+    assert max(rows[0]["losses"]) - min(rows[0]["losses"]) > 0.01  # the weights did move
+    assert len(tiny.table(rows).splitlines()) == 2 + len(names)
+
+
+def test_a_wrong_training_step_is_not_timed(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: Any, examples: Any) -> Any:
+        right = tiny.CONTESTANTS["padded-loop"](model, examples)
+        return tiny.Contestant(model, lambda m, batch: 1.01 * right.loss(m, batch))
+
+    monkeypatch.setitem(tiny.CONTESTANTS, "wrong", wrong)
+    names = ["padded-loop", "wrong", "fastrm-padded", "trl"]
+    *rows, pairs_only = tiny.measure(tiny.Setting("tiny", "5/3/3"), names, torch.device("cpu"), 1)
+    found = {row["provider"]: row for row in (*rows, pairs_only)}
+    assert "failed" in found["wrong"] and "groups_per_s" not in found["wrong"]
+    assert "groups_per_s" in found["padded-loop"] and "groups_per_s" in found["fastrm-padded"]
+    assert "skipped" in found["trl"]

@@ -297,7 +297,7 @@ def test_says_what_it_trains(tmp_path, caplog):
     (line,) = [r.getMessage() for r in caplog.records if "training" in r.getMessage()]
     K = sum(len(r["candidates"]) for i, r in enumerate(rows) if i != 1)
     for part in (f"5 groups, {K} candidates", "1 prompts cut at the left to 128 tokens",
-                 "1 groups left out", "layout padded", "0.0M parameters"):  # fmt: skip
+                 "1 groups left out", "layout shared", "0.0M parameters"):  # fmt: skip
         assert part in line
     with pytest.raises(ValueError, match="eval_dataset: no group is left"):
         RewardTrainer(make_decoder(), config(tmp_path), rows, [rows[1]], make_tokenizer())
@@ -315,6 +315,7 @@ def test_says_what_it_trains(tmp_path, caplog):
         (dict(center_rewards_coefficient=-1.0), "center_rewards_coefficient must"),
         (dict(label_smoothing_factor=1.5), "label_smoothing_factor must be from 0 to 1"),
         (dict(max_length=0), "max_length must be above 0"),
+        (dict(layout="tree"), "layout must be one of auto, padded, split, packed, shared, cached"),
         (dict(backend="cuda"), "backend must be one of triton, cpp, torch, got 'cuda'"),
         (dict(early_stopping_patience=0), "early_stopping_patience must be above 0"),
         (dict(remove_unused_columns=True), "remove_unused_columns must be False"),
