@@ -88,7 +88,7 @@ def bench(
                         point, names, device, clock, seconds, progress.step,
                         count_launches=sweep == "costs" and device.type == "cuda",
                     ):  # fmt: skip
-                        rows.append({"sweep": sweep, **_rounded(row)})
+                        rows.append({"sweep": sweep, **rounded(row)})
                         print(json.dumps(rows[-1]), file=file, flush=True)
                     progress.end()
     return rows, paths
@@ -268,10 +268,10 @@ def _capture(
     return graph, kept
 
 
-def _rounded(row: Row) -> Row:
+def rounded(row: Row) -> Row:
     """Four digits, which is more than clocks are good for."""
     return {
-        k: float(f"{v:.4g}") if isinstance(v, float) else _rounded(v) if isinstance(v, dict) else v
+        k: float(f"{v:.4g}") if isinstance(v, float) else rounded(v) if isinstance(v, dict) else v
         for k, v in row.items()
     }
 
@@ -298,19 +298,19 @@ def choose(args: argparse.Namespace) -> tuple[Plan, torch.device]:
         ValueError: an option that does not exist here, with those that do.
     """
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _one_of("--device", kind, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    one_of("--device", kind, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     if args.threads:
         torch.set_num_threads(args.threads)
     names = args.providers or [n for n in NAMES if why_not(n, kind) is None]
     for name in names:
-        _one_of("--providers", name, NAMES)
+        one_of("--providers", name, NAMES)
         reason = why_not(name, kind)
         if reason:
             raise ValueError(f"--providers {name}: {reason}")
     known = sweeps(kind)
     asked = args.sweep or ["quick"]
     for name in asked:
-        _one_of("--sweep", name, [*known, "all"])
+        one_of("--sweep", name, [*known, "all"])
     if "all" in asked:
         asked = [name for name in known if name != "quick"]
     plan = {name: (known[name], names) for name in known if name in asked}
@@ -325,17 +325,17 @@ def choose(args: argparse.Namespace) -> tuple[Plan, torch.device]:
         if args.candidates is None or args.sweep:
             raise ValueError("one point is --candidates M and what belongs to it, without --sweep")
         point = Point(**given)
-        _one_of("--dtype", point.dtype, DTYPES)
-        _one_of("--layout", point.layout, LAYOUTS)
+        one_of("--dtype", point.dtype, DTYPES)
+        one_of("--layout", point.layout, LAYOUTS)
         if not (point.groups.isdecimal() and int(point.groups) > 0):
-            _one_of("--groups", point.groups, ["K", *KINDS])
+            one_of("--groups", point.groups, ["K", *KINDS])
         plan = {"custom": ([point], names)}
     if args.seconds <= 0:
         raise ValueError(f"--seconds must be above 0, got {args.seconds}")
     return plan, torch.device(kind)
 
 
-def _one_of(option: str, value: str, known: Iterable[str]) -> None:
+def one_of(option: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise ValueError(f"{option} must be one of {', '.join(known)}; got {value!r}")
 

@@ -34,15 +34,13 @@ from fastrm.data import Example, Examples
 from fastrm.environment import environment
 
 # Random weights of the sizes people train, for time and memory; no file is read.
+SMALL: dict[str, Any] = dict(
+    hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
+    num_key_value_heads=2, vocab_size=8192,
+)  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama-small": dict(
-        model_type="llama", hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
-        num_attention_heads=6, num_key_value_heads=2, vocab_size=8192,
-    ),
-    "qwen2-small": dict(
-        model_type="qwen2", hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
-        num_attention_heads=6, num_key_value_heads=2, vocab_size=8192,
-    ),
+    "llama-small": dict(model_type="llama", **SMALL),
+    "qwen2-small": dict(model_type="qwen2", **SMALL),
     "llama-1b": dict(
         model_type="llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
         num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
@@ -91,11 +89,13 @@ class Contestant:
 
 def _fastrm(layout: str) -> Callable[[Any, Examples], Contestant]:
     def make(model: Any, examples: Examples) -> Contestant:
-        args = fastrm.RewardConfig(
-            tempfile.mkdtemp(), layout=layout, report_to=[], max_length=None,
-            use_cpu=model.device.type == "cpu",
-        )  # fmt: skip
-        trainer: Any = fastrm.RewardTrainer(model, args, examples, processing_class=_Tokenizer())
+        with tempfile.TemporaryDirectory() as folder:  # nothing is saved
+            args = fastrm.RewardConfig(
+                folder, layout=layout, report_to=[], max_length=None,
+                use_cpu=model.device.type == "cpu",
+            )  # fmt: skip
+            tokenizer = _tokenizer()
+            trainer: Any = fastrm.RewardTrainer(model, args, examples, processing_class=tokenizer)
 
         def loss(model: Any, batch: Sequence[Example]) -> Tensor:
             inputs = trainer._prepare_inputs(trainer.data_collator(batch))
@@ -138,13 +138,15 @@ def _trl(model: Any, examples: Examples) -> Contestant:
             for e in batch
         ]  # fmt: skip
 
-    args = trl.RewardConfig(
-        tempfile.mkdtemp(), report_to=[], max_length=None, gradient_checkpointing=False, bf16=False,
-        use_cpu=model.device.type == "cpu",
-    )  # fmt: skip
-    trainer: Any = trl.RewardTrainer(
-        model, args, train_dataset=Dataset.from_list(pairs(examples)), processing_class=_Tokenizer()
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        args = trl.RewardConfig(
+            folder, report_to=[], max_length=None, gradient_checkpointing=False, bf16=False,
+            use_cpu=model.device.type == "cpu",
+        )  # fmt: skip
+        trainer: Any = trl.RewardTrainer(
+            model, args, train_dataset=Dataset.from_list(pairs(examples)),
+            processing_class=_tokenizer(),
+        )  # fmt: skip
 
     def loss(model: Any, batch: Sequence[Example]) -> Tensor:
         return trainer.compute_loss(
@@ -170,8 +172,8 @@ def choose(args: argparse.Namespace) -> tuple[list[Setting], Sequence[str]]:
     """
     names = args.contestants or DEFAULT
     for name in names:
-        run._one_of("--contestants", name, CONTESTANTS)
-    run._one_of("--dtype", args.dtype, LOSS_AGREES)
+        run.one_of("--contestants", name, CONTESTANTS)
+    run.one_of("--dtype", args.dtype, LOSS_AGREES)
     for model in args.model:
         for data in args.data:
             if model in CONFIGS and not _is_shape(data):
@@ -208,7 +210,7 @@ def bench(
                     print(json.dumps(head), file=file)
                     paths.append(path)
                 for row in found:
-                    print(json.dumps(run._rounded(row)), file=file)
+                    print(json.dumps(run.rounded(row)), file=file)
             rows += found
             progress.end()
     return rows, paths
@@ -377,7 +379,7 @@ def make_examples(setting: Setting) -> Examples:
     return tokenize_rows(tokenizer, rows, setting.max_length, is_encoder(model))
 
 
-def _Tokenizer() -> Any:
+def _tokenizer() -> Any:
     """The least that a trainer asks of one: the data is tokenised already."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
