@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -297,16 +296,22 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     return train
 
 
-def test_training_steps_agree_and_are_timed(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other", ["fastrm", "trl"])
+def test_training_steps_agree_and_are_timed(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    """Of every layout and the padded loop, and of TRL's trainer where it is installed."""
+    if other == "trl":
+        pytest.importorskip("trl", reason="trl is not installed")
     monkeypatch.setattr(tiny, "LEARNING_RATE", 1e-3)
     setting = tiny.Setting("tiny", "5/2/3", batch_size=2)
-    names = [n for n in tiny.CONTESTANTS if n != "trl" or importlib.util.find_spec("trl")]
+    names = ["padded-loop", *(n for n in tiny.CONTESTANTS if n.startswith(other))]
     rows = tiny.measure(setting, names, torch.device("cpu"), steps=20)
     assert [row["provider"] for row in rows] == names
     for row in rows:
         assert row["groups"] == 40 and row["groups_per_s"] > 0, row
         assert (row["tokens"], row["tokens_once"]) == (40 * 2 * 8, 40 * (5 + 2 * 3))
-        # The same losses step after step, TRL's included: the same gradients and updates.
+        # The same losses step after step: the same gradients and updates.
         assert row["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4)
     assert max(rows[0]["losses"]) - min(rows[0]["losses"]) > 0.01  # the weights did move
     assert len(tiny.table(rows).splitlines()) == 2 + len(names)
