@@ -605,10 +605,7 @@ def _bench(args: argparse.Namespace) -> int:
             print(report.write(Path(args.report or run.results_folder())))
             return 0
         plan, device = run.choose(args)
-        output = Path(args.output) if args.output else None
-        if output:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _touch(output)
+        output = _output(args)
     except (ValueError, OSError) as e:
         raise UserError(_first_line(e)) from None
     command = shlex.join(["fastrm", *args.given])
@@ -624,10 +621,7 @@ def _bench_train(args: argparse.Namespace) -> int:
 
     try:
         settings, names = train.choose(args)
-        output = Path(args.output) if args.output else None
-        if output:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _touch(output)
+        output = _output(args)
         if args.threads:
             torch.set_num_threads(args.threads)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -639,6 +633,16 @@ def _bench_train(args: argparse.Namespace) -> int:
     print(train.table(rows))
     print("written:", *files)
     return int(any("failed" in row for row in rows))
+
+
+def _output(args: argparse.Namespace) -> Path | None:
+    """Where `bench` was told to write, made now so that it fails before the work."""
+    if not args.output:
+        return None
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _touch(output)
+    return output
 
 
 def _env(args: argparse.Namespace) -> None:
