@@ -80,8 +80,8 @@ def _ninja_file(compiler: str, name: str) -> str:
         "rule link",
         f"  command = {compiler} -shared $in -L{torch_dir}/lib -ltorch_cpu -lc10 -o $out",
     ]
-    for name_ in ("ops", "autograd"):
-        lines += [f"build {name_}.o: cxx {SOURCE_DIR}/{name_}.cpp", f"  flags = {include}"]
+    for source in ("ops", "autograd"):
+        lines += [f"build {source}.o: cxx {SOURCE_DIR}/{source}.cpp", f"  flags = {include}"]
     for isa in _isas():
         lines.append(f"build kernels_{isa}.o: cxx {SOURCE_DIR}/kernels.cpp")
         lines.append(f"  flags = -DFASTRM_ISA={isa} {ISA_FLAGS[isa]}")

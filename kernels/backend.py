@@ -385,7 +385,7 @@ _listwise_bwd_op = torch.library.custom_op(
 @_score_fwd_op.register_fake
 def _(hidden, weight, bias, chosen):
     M = math.prod(hidden.shape[:-1]) if chosen is None else chosen.shape[0]
-    return hidden.new_empty(M, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return hidden.new_empty(M, dtype=_acc(hidden.dtype))
 
 
 @_score_bwd_op.register_fake
