@@ -37,8 +37,9 @@ def acc(dtype):
 
 
 @pytest.fixture(autouse=True)
-def restore_switches():
+def same_start():
     threads, isa = torch.get_num_threads(), ops.isa()
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
     ops.set_isa(isa)
@@ -406,8 +407,11 @@ def test_score(dtype, gathered):
     eps = torch.finfo(dtype).eps
     assert error(dhidden.view(150, 100), want) <= eps * want.abs().max()
     assert dweight.shape == weight.shape and dweight.dtype == weight.dtype
-    want = grad.double() @ flat.double()
-    assert error(dweight[0], want) <= 4 * eps * want.abs().max()
+    want, eager = grad.double() @ flat.double(), grad @ flat.to(acc(dtype))
+    # Where eager is the oracle itself, that is no better than 1e-13.
+    unit = 1e-13 if dtype == torch.float64 else eps
+    allowed = max(3 * (eager.double() - want).norm(), unit * want.norm())
+    assert (dweight[0].double() - want).norm() <= allowed
     assert dbias.item() == pytest.approx(grad.double().sum().item(), rel=1e-5)
 
 
