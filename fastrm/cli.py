@@ -6,6 +6,7 @@ transformers is imported inside the commands, so that help and mistakes answer a
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import difflib
 import json
@@ -427,6 +428,9 @@ def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> Non
             config = fastrm.RewardConfig(**{"report_to": "none", **given})
         except (ValueError, TypeError, ImportError) as e:
             raise UserError(_first_line(e)) from None
+        if config.world_size > 1:
+            # Its threads must have ended when Python does, or now and then the process aborts.
+            atexit.register(_leave_process_group)
         from transformers import set_seed
 
         set_seed(config.seed)  # the new head is drawn from it
@@ -447,6 +451,13 @@ def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> Non
         if eval_file:
             print(_report(found["eval"], f"on {eval_file}"))
         print(f"saved to {output}: the model, metrics.json, training.png")
+
+
+def _leave_process_group() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _save(

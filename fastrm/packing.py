@@ -27,8 +27,10 @@ from torch import Tensor
 
 LAYOUTS = ("padded", "split", "packed", "shared", "cached")
 SPLITS = 4  # forwards of a batch at most
-GROUP_KEYS = ("offsets", "target", "margin", "group_weight")  # of a batch, for the loss
+# Of a batch, for the loss.
+GROUP_KEYS = ("offsets", "target", "ranks", "margin", "teacher_scores", "group_weight")
 _PLACES = ("rows", "last", "splits", "ends", "prompt_ids", "prompt_mask", "prompt")
+_CACHES = ("cache", "past_key_values")  # what models call it since transformers 5.24, and before
 
 log = logging.getLogger("fastrm")
 
@@ -304,9 +306,10 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
         return outputs
     if "prompt_ids" in batch:
         prompts = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
-        cache = model(**prompts, use_cache=True).past_key_values
-        cache.batch_select_indices(batch["prompt"])
-        inputs |= {"past_key_values": cache, "use_cache": True}
+        outputs = model(**prompts, use_cache=True)
+        name = next(name for name in _CACHES if name in outputs)
+        outputs[name].batch_select_indices(batch["prompt"])
+        inputs |= {name: outputs[name], "use_cache": True}
     if "ends" in batch:
         inputs["attention_mask"] = tree_mask(config, batch["ends"], batch["position_ids"])
     return model(**inputs)
@@ -396,7 +399,7 @@ def refusals(model: Any, pools: bool) -> dict[str, str]:
     if attention not in _MASKS:
         why = f"takes no mask with {attention} attention"
         refuse(why, "shared", *(() if Cost.of(model).varlen else ("packed",)))
-    if any(windows.values()) or "past_key_values" not in takes:
+    if any(windows.values()) or takes.keys().isdisjoint(_CACHES):
         refuse("keeps no cache of a whole prompt", "cached")
     return found
 

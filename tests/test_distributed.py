@@ -183,6 +183,7 @@ def equal_worker(folder):
         runs[name, dtype] = three_steps(folder / "out", rows(), dtype, **options)
     if int(os.environ["RANK"]) == 0:
         torch.save(runs, folder / "runs.pt")
+    torch.distributed.destroy_process_group()
 
 
 def command_line_worker(folder):

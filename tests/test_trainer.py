@@ -117,6 +117,7 @@ trainer = trained(sys.argv[1], make_rows(16), per_device_train_batch_size=int(sy
 if trainer.is_world_process_zero():
     model = trainer.accelerator.unwrap_model(trainer.model)
     torch.save((model.state_dict(), trainer.state.log_history), sys.argv[2])
+torch.distributed.destroy_process_group()
 """
 
 
