@@ -11,9 +11,10 @@ import torch
 from fastrm_benchmarks.problems import Problem
 from torch import Tensor
 
-from fastrm.reference import listwise_loss_ref
+from fastrm.reference import bradley_terry_loss_ref, listwise_loss_ref, plackett_luce_loss_ref
 
 CHUNK = 2**23  # elements that are float64 at a time
+REFERENCES = {"plackett_luce": plackett_luce_loss_ref, "bradley_terry": bradley_terry_loss_ref}
 # Errors relative to the norm. fastrm: fp32 inside, one rounding of a gradient at the store.
 # The others round scores, and so probabilities, to the type of hidden.
 FASTRM = {"fp32": 2e-6, "fp16": 1e-3, "bf16": 5e-3}
@@ -23,8 +24,8 @@ OTHERS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 @dataclass
 class Exact:
     loss: Tensor  # ()
-    coefficients: Tensor  # (M,): dhidden of candidate i is coefficients[i] * weight
-    dweight: Tensor  # (D,)
+    coefficients: Tensor  # (M, E): dhidden is coefficients @ weight, E = 1 but for an ensemble
+    dweight: Tensor  # (E, D)
 
 
 @torch.no_grad()
@@ -34,15 +35,17 @@ def exact(problem: Problem) -> Exact:
     M, D = problem.point.candidates, problem.point.hidden_size
     rows = torch.arange(M, device=hidden.device) if problem.rows is None else problem.rows
     pieces = rows.split(max(1, CHUNK // D))
-    weight = problem.weight.double()
-    scores = torch.cat([hidden[i].double() @ weight for i in pieces]) + problem.bias.double()
+    weight, bias = problem.weight.double().view(-1, D), problem.bias.double()
+    scores = torch.cat([hidden[i].double() @ weight.T for i in pieces]) + bias  # (M, E)
+    reference = REFERENCES.get(problem.point.loss, listwise_loss_ref)
     with torch.enable_grad():
         scores.requires_grad_()
-        loss = listwise_loss_ref(scores, problem.offsets, problem.target)
+        losses = [reference(s, problem.offsets, problem.target) for s in scores.unbind(1)]
+        loss = torch.stack(losses).mean()
         (coefficients,) = torch.autograd.grad(loss, scores, problem.grad.double())
-    dweight = torch.zeros(D, dtype=torch.float64, device=hidden.device)
+    dweight = torch.zeros_like(weight)
     for i, c in zip(pieces, coefficients.split(len(pieces[0])), strict=True):
-        dweight += c @ hidden[i].double()
+        dweight += c.T @ hidden[i].double()
     return Exact(loss.detach(), coefficients, dweight)
 
 
@@ -59,14 +62,16 @@ def errors(problem: Problem, loss: Tensor, exact: Exact) -> dict[str, float]:
     coefficients = exact.coefficients
     some = _spread(M, max(1, CHUNK // (4 * D)), dhidden.device)
     if problem.rows is not None:
-        coefficients = coefficients.new_zeros(T).scatter(0, problem.rows, coefficients)
+        spread = coefficients.new_zeros(T, coefficients.shape[1])
+        coefficients = spread.index_copy(0, problem.rows, coefficients)
         some = torch.cat([problem.rows[some], _spread(T, len(some), dhidden.device)])
     return {
         "loss": _error(loss, exact.loss),
         "dhidden": _error(
-            dhidden.flatten(0, -2)[some], torch.outer(coefficients[some], problem.weight.double())
+            dhidden.flatten(0, -2)[some],
+            coefficients[some] @ problem.weight.double().view(-1, D),
         ),
-        "dweight": _error(dweight, exact.dweight),
+        "dweight": _error(dweight.view(-1, D), exact.dweight),
     }
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = ("uniform", "zipf", "giant")
 LAYOUTS = ("packed", "gathered", "last")
+LOSSES = ("listwise", "plackett_luce", "bradley_terry", "ensemble")  # the last: listwise, 8 heads
+HEADS = 8
 SEQUENCE = 32  # tokens of a sequence in the layouts (B, S, D)
 KB, MB, GB = 2**10, 2**20, 2**30
 
@@ -25,6 +27,7 @@ class Point:
     dtype: str = "bf16"
     groups: str = "8"  # K; or "uniform" from 2 to 16, "zipf", "giant" for one group of all
     layout: str = "packed"  # (M, D); or (B, S, D) with candidates "gathered" or each one's "last"
+    loss: str = "listwise"
 
     @property
     def num_rows(self) -> int:
@@ -43,22 +46,30 @@ class Point:
         return self.candidates * self.row_bytes
 
     def limit_bytes(self, mode: str) -> int:
-        """Forward reads the M rows once; backward writes every one of the T rows once."""
-        return self.hidden_bytes + (0 if mode == "forward" else self.num_rows * self.row_bytes)
+        """Forward reads the M rows once; backward writes every one of the T rows once, and where
+        the loss knows its coefficients only after a pass, reads the M rows again."""
+        if mode == "forward":
+            return self.hidden_bytes
+        return self.clone_bytes + (0 if self.loss == "listwise" else self.hidden_bytes)
+
+    @property
+    def clone_bytes(self) -> int:
+        return self.hidden_bytes + self.num_rows * self.row_bytes
 
     def __str__(self) -> str:
         groups = f"K={self.groups}" if self.groups.isdecimal() else self.groups
-        return f"{self.candidates}x{self.hidden_size} {self.dtype} {groups} {self.layout}"
+        where = f"{self.candidates}x{self.hidden_size} {self.dtype} {groups} {self.layout}"
+        return where if self.loss == "listwise" else f"{where} {self.loss}"
 
 
 @dataclass
 class Problem:
     point: Point
     hidden: Tensor  # (M, D) or (B, S, D), a leaf
-    weight: Tensor  # (D,), a leaf
-    bias: Tensor  # (), a leaf
+    weight: Tensor  # (D,), or (E, D) for an ensemble; a leaf
+    bias: Tensor  # (), or (E,); a leaf
     offsets: Tensor  # (N + 1,)
-    target: Tensor  # (N,)
+    target: Tensor  # (N,); of the losses of a ranking (M,) ranks
     rows: Tensor | None  # (M,)
     longest: int  # the largest K, told to whoever pads for nothing
     grad: Tensor  # (): N, as a loss scale would, so that fp16 gradients are not all subnormal
@@ -88,6 +99,9 @@ def make_problem(point: Point, device: torch.device, seed: int = 0) -> Problem:
     sizes = offsets.diff()
     N = len(sizes)
     target = (torch.rand(N, generator=on_cpu, dtype=torch.float64) * sizes).long()
+    if point.loss in ("plackett_luce", "bradley_terry"):
+        target = torch.randperm(M, generator=on_cpu)  # only the order inside a group counts
+    heads = (HEADS,) if point.loss == "ensemble" else ()
     rows = None
     if point.layout == "gathered":
         rows = torch.randperm(T, generator=on_cpu)[:M].sort().values
@@ -96,10 +110,11 @@ def make_problem(point: Point, device: torch.device, seed: int = 0) -> Problem:
         rows = torch.arange(M) * SEQUENCE + last
     shape = (M, D) if rows is None else (T // SEQUENCE, SEQUENCE, D)
     hidden = torch.empty(shape, dtype=dtype, device=device).normal_(generator=on_device)
-    weight = torch.empty(D, dtype=dtype, device=device).normal_(0, D**-0.5, generator=on_device)
+    weight = torch.empty(*heads, D, dtype=dtype, device=device)
+    weight.normal_(0, D**-0.5, generator=on_device)
     return Problem(
         point, hidden.requires_grad_(), weight.requires_grad_(),
-        torch.full((), 0.5, dtype=dtype, device=device, requires_grad=True), offsets.to(device),
+        torch.full(heads, 0.5, dtype=dtype, device=device, requires_grad=True), offsets.to(device),
         target.to(device), rows if rows is None else rows.to(device),
         int(sizes.max()), torch.tensor(float(N), device=device),
     )  # fmt: skip
@@ -140,6 +155,9 @@ def sweeps(device_type: str) -> dict[str, list[Point]]:
             for groups in ("8", "2", "4", "64", "uniform", "zipf", "giant")
         ],
         "layout": [Point(rows, layout=layout) for layout in LAYOUTS],
+        "losses": [
+            replace(p, loss=loss) for loss in LOSSES for p in (Point(512), sized(large))
+        ],
         "costs": [Point(512)],  # the last: launches are counted there, by a profiler
     }
     big = [sized(large), Point(candidates, narrow, groups="uniform")]

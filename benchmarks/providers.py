@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +24,28 @@ Provider = Callable[..., Tensor]
 
 
 def fastrm_loss(
+    loss: str,
     backend: str,
     hidden: Tensor,  # (M, D) or (B, S, D)
-    weight: Tensor,  # (D,)
-    bias: Tensor,  # ()
+    weight: Tensor,  # (D,) or (E, D)
+    bias: Tensor,  # () or (E,)
     offsets: Tensor,  # (N + 1,)
-    target: Tensor,  # (N,)
+    target: Tensor,  # (N,), or ranks (M,)
     rows: Tensor | None,  # (M,)
     longest: int,
 ) -> Tensor:
-    return fastrm.listwise_loss(
-        hidden, weight, bias, offsets=offsets, target=target, rows=rows, backend=backend
+    function, label = _FASTRM[loss]
+    return function(
+        hidden, weight, bias, offsets=offsets, rows=rows, backend=backend, **{label: target}
     )
+
+
+_FASTRM: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "listwise": (fastrm.listwise_loss, "target"),
+    "ensemble": (fastrm.listwise_loss, "target"),
+    "plackett_luce": (fastrm.plackett_luce_loss, "ranks"),
+    "bradley_terry": (fastrm.bradley_terry_loss, "ranks"),
+}
 
 
 def eager_segment(
@@ -55,12 +67,84 @@ def eager_padded(
 ) -> Tensor:  # fmt: skip
     """Scores spread over (N, longest), -inf elsewhere, then torch's cross entropy."""
     scores = _scores(hidden, weight, bias, rows)
-    M, N = len(scores), len(target)
-    group = torch.repeat_interleave(offsets.diff(), output_size=M)
-    shift = longest * torch.arange(N, device=scores.device) - offsets[:-1]
-    place = torch.arange(M, device=scores.device) + shift.index_select(0, group)
-    padded = scores.new_full((N * longest,), -torch.inf).scatter(0, place, scores)
-    return F.cross_entropy(padded.view(N, longest), target)
+    return F.cross_entropy(_padded(scores, offsets, longest, -torch.inf), target)
+
+
+def eager_ensemble(
+    hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, target: Tensor,
+    rows: Tensor | None, longest: int,
+) -> Tensor:  # fmt: skip
+    """One product with all heads, then a cross entropy for each."""
+    each = _scores(hidden, weight, bias, rows).unbind(1)
+    padded = [_padded(scores, offsets, longest, -torch.inf) for scores in each]
+    return F.cross_entropy(torch.cat(padded), target.repeat(len(each)))
+
+
+def eager_plackett_luce(
+    hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, ranks: Tensor,
+    rows: Tensor | None, longest: int,
+) -> Tensor:  # fmt: skip
+    """ListMLE: scores sorted by rank, and a log-cumulative-sum from the last to the first."""
+    least = torch.finfo(torch.float32).min
+    scores = _padded(_scores(hidden, weight, bias, rows), offsets, longest, least)
+    order = _padded(ranks, offsets, longest, len(ranks)).argsort(1)
+    scores = scores.gather(1, order)
+    below = scores.flip(1).logcumsumexp(1).flip(1)
+    there = torch.arange(longest, device=scores.device) < offsets.diff()[:, None]
+    return ((below - scores) * there).sum(1).mean()
+
+
+def eager_bradley_terry(
+    hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, ranks: Tensor,
+    rows: Tensor | None, longest: int,
+) -> Tensor:  # fmt: skip
+    """All pairs of a padded group, (N, longest, longest)."""
+    scores = _padded(_scores(hidden, weight, bias, rows), offsets, longest, 0.0)
+    order = _padded(ranks, offsets, longest, len(ranks))
+    wins = order[:, :, None] < order[:, None, :]
+    wins = wins & (order[:, None, :] < len(ranks))
+    terms = F.softplus(scores[:, None, :] - scores[:, :, None]) * wins
+    return (terms.sum((1, 2)) / wins.sum((1, 2)).clamp(min=1)).mean()
+
+
+def sentence_transformers(
+    loss: str, hidden: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, target: Tensor,
+    rows: Tensor | None, longest: int,
+) -> Tensor:  # fmt: skip
+    """Its own ListNetLoss, ListMLELoss or RankNetLoss, given the scores; groups of one size."""
+    from sentence_transformers.cross_encoder import losses
+
+    model = _Scored(_scores(hidden, weight, bias, rows))
+    options: dict[str, dict[str, Any]] = {
+        "ListMLELoss": {"respect_input_order": False}, "RankNetLoss": {"reduction_log": "natural"},
+    }  # fmt: skip
+    function = getattr(losses, loss)(model, mini_batch_size=-1, **options.get(loss, {}))
+    if loss == "ListNetLoss":  # takes the softmax of the labels: one at the best
+        labels = 1e4 * F.one_hot(target, longest).float()
+    else:
+        labels = (-target).float().view(-1, longest)
+    return function(_queries(len(labels), longest), list(labels.unbind()))
+
+
+class _Scored(torch.nn.Module):
+    """In place of a model: its pairs are scored already."""
+
+    num_labels = 1
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.scores, self.device = scores, scores.device
+
+    def preprocess(self, pairs: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return {}
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"scores": self.scores}
+
+
+@lru_cache
+def _queries(N: int, K: int) -> list[Any]:
+    return [[""] * N, [[""] * K] * N]
 
 
 def eager_loop(
@@ -72,9 +156,18 @@ def eager_loop(
     return torch.stack([F.cross_entropy(s, t) for s, t in zip(groups, target, strict=True)]).mean()
 
 
+def _padded(x: Tensor, offsets: Tensor, longest: int, value: float) -> Tensor:
+    """(M,) as (N, longest)."""
+    M, N = len(x), len(offsets) - 1
+    group = torch.repeat_interleave(offsets.diff(), output_size=M)
+    shift = longest * torch.arange(N, device=x.device) - offsets[:-1]
+    place = torch.arange(M, device=x.device) + shift.index_select(0, group)
+    return x.new_full((N * longest,), value).scatter(0, place, x).view(N, longest)
+
+
 def _scores(hidden: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None) -> Tensor:
     h = hidden if rows is None else hidden.flatten(0, 1).index_select(0, rows)
-    return (h @ weight + bias).float()
+    return (h @ (weight if weight.dim() == 1 else weight.T) + bias).float()
 
 
 def clone_huge(x: Tensor) -> Tensor:
@@ -99,22 +192,40 @@ def smallest(leaf: Tensor) -> Tensor:
 
 CLONES = ("clone", "clone-huge", "copy")  # they move the limit's bytes and compute nothing
 SMALLEST = "smallest"
-PROVIDERS: dict[str, Provider] = {
-    "fastrm-triton": partial(fastrm_loss, "triton"),
-    "fastrm-cpp": partial(fastrm_loss, "cpp"),
-    "fastrm-torch": partial(fastrm_loss, "torch"),
-    "eager-segment": eager_segment,
-    "eager-padded": eager_padded,
-    "eager-loop": eager_loop,
-}
+BACKENDS = ("triton", "cpp", "torch")
+OF_LOSS: dict[str, dict[str, Provider]] = {
+    "listwise": {
+        "eager-segment": eager_segment, "eager-padded": eager_padded, "eager-loop": eager_loop,
+        "sentence-transformers": partial(sentence_transformers, "ListNetLoss"),
+    },
+    "plackett_luce": {
+        "eager-padded": eager_plackett_luce,
+        "sentence-transformers": partial(sentence_transformers, "ListMLELoss"),
+    },
+    "bradley_terry": {
+        "eager-padded": eager_bradley_terry,
+        "sentence-transformers": partial(sentence_transformers, "RankNetLoss"),
+    },
+    "ensemble": {"eager-padded": eager_ensemble},
+}  # fmt: skip
+for _loss, _providers in OF_LOSS.items():
+    _providers |= {f"fastrm-{b}": partial(fastrm_loss, _loss, b) for b in BACKENDS}
+PLAIN = (
+    *(f"fastrm-{b}" for b in BACKENDS), *("eager-segment", "eager-padded", "eager-loop"),
+    "sentence-transformers",
+)  # fmt: skip
 MAX_LOOP = 200  # groups
 COMPILE = "+compile"
 # The loop compiled is every group unrolled: minutes, again for each raggedness.
-NAMES = [*CLONES, SMALLEST, *PROVIDERS] + [n + COMPILE for n in PROVIDERS if n != "eager-loop"]
+_NOT_COMPILED = ("eager-loop", "sentence-transformers")
+NAMES = [*CLONES, SMALLEST, *PLAIN] + [n + COMPILE for n in PLAIN if n not in _NOT_COMPILED]
 
 
-def provider(name: str) -> Provider:
-    function = PROVIDERS[name.removesuffix(COMPILE)]
+def provider(name: str, loss: str = "listwise") -> Provider | None:
+    """None: there is none of that name for this loss."""
+    function = OF_LOSS[loss].get(name.removesuffix(COMPILE))
+    if function is None:
+        return None
     return torch.compile(function, dynamic=False) if name.endswith(COMPILE) else function
 
 
@@ -126,6 +237,8 @@ def why_not(name: str, device_type: str) -> str | None:
         return "it is about the pages of CPU memory"
     if name.startswith("fastrm-triton") and device_type == "cpu":
         return "it needs a CUDA device"
+    if name == "sentence-transformers" and find_spec("sentence_transformers") is None:
+        return "it is not installed"
     if name.startswith("fastrm-"):
         try:
             backends.choose(device_type, name.removesuffix(COMPILE).removeprefix("fastrm-"))

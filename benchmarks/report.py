@@ -16,7 +16,7 @@ from fastrm_benchmarks.providers import COMPILE, NAMES, SMALLEST
 
 Row = dict[str, Any]
 BOTH = "forward_backward"
-FIELDS = ("candidates", "hidden_size", "dtype", "groups", "layout")
+FIELDS = ("candidates", "hidden_size", "dtype", "groups", "layout", "loss")
 COLORS = {
     "fastrm-triton": "#2a6fbb", "fastrm-cpp": "#2a6fbb", "eager-segment": "#d1495b",
     "eager-padded": "#e09f3e", "clone": "#777777", "clone-huge": "#b5b5b5",
@@ -70,7 +70,7 @@ def load(folder: Path) -> Machine:
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         env = json.loads(head)["environment"]
         versions[f"torch {env['torch']}, commit {env['commit']}"] = None
-        rows += map(json.loads, lines)
+        rows += ({"loss": "listwise", **json.loads(line)} for line in lines)
     return Machine(folder, env["device"], "; ".join(versions), rows)
 
 
@@ -89,7 +89,7 @@ def make_tables(machines: Sequence[Machine]) -> dict[str, str]:
     makers: dict[str, Callable[[Machine], str]] = {
         "summary": _summary, "costs": _costs, "small": _small, "train": _train
     }  # fmt: skip
-    for sweep in ("size", "ragged", "hidden", "layout", "quick", "custom"):
+    for sweep in ("size", "ragged", "hidden", "layout", "losses", "quick", "custom"):
         makers[sweep] = partial(_relative, sweep=sweep)
     found: dict[str, str] = {}
     for name, make in makers.items():
@@ -152,24 +152,23 @@ def _costs(machine: Machine) -> str:
 
 
 def _train(machine: Machine) -> str:
-    """Training steps: a column a contestant, groups a second and memory beyond the model."""
-    rows = [row for row in machine.rows if row["sweep"] == "train"]
-    names = list(dict.fromkeys(row["provider"] for row in rows if "groups_per_s" in row))
-    lines = []
-    for setting in dict.fromkeys(row["setting"] for row in rows):
-        of = {row["provider"]: row for row in rows if row["setting"] == setting}
-        facts = next(iter(of.values()))
-        base = of.get("padded-loop", {}).get("groups_per_s")
-        cells = []
-        for name in names:
-            speed, peak = (of.get(name, {}).get(k) for k in ("groups_per_s", "peak_bytes"))
-            cell = "–" if speed is None else f"{speed:.2f}/s"
-            cell += f" ({speed / base:.2f}x)" if speed and base else ""
-            cells.append(cell + (f", {_bytes(peak)}" if peak else ""))
-        share = f"{facts['tokens_padded'] / facts['tokens_once']:.1f}x"
-        lines.append([setting, share, *cells])
-    caption = "groups a second (times padded-loop), memory of a step beyond the model's"
-    return _table(machine, caption, ["", "tokens padded / prompt once", *names], lines)
+    """Training steps: a line a contestant."""
+    rows = [row for row in machine.rows if row["sweep"] == "train" and "groups_per_s" in row]
+    padded = {r["setting"]: r["groups_per_s"] for r in rows if r["provider"] == "padded-loop"}
+    lines, seen = [], None
+    for row in rows:
+        setting, speed, peak = row["setting"], row["groups_per_s"], row["peak_bytes"]
+        base = padded.get(setting)
+        lines.append([
+            setting if setting != seen else "", row["provider"], f"{speed:.2f}",
+            f"{speed / base:.2f}" if base else "–",
+            f"{row['tokens_computed'] / row['tokens_once']:.2f}", _time(row["head_loss_s"]),
+            "–" if peak is None else _bytes(peak),
+        ])  # fmt: skip
+        seen = setting
+    caption = "whole training steps"
+    heads = ["", "", "groups/s", "times padded-loop", "tokens computed / needed", "head and loss"]
+    return _table(machine, caption, [*heads, "memory beyond model and optimiser"], lines)
 
 
 def _summary(machine: Machine) -> str:
@@ -244,13 +243,15 @@ def details(rows: Iterable[Row]) -> str:
 
 
 def make_plots(machine: Machine) -> None:
-    """size.png, small.png and ragged.png beside the results they show."""
+    """size.png, small.png, ragged.png and train.png beside the results they show."""
     if machine.sweep("size"):
         _plot_size(machine)
     if machine.sweep("small"):
         _plot_bars(machine, "small", "wall_s", 1e6, "µs by the wall clock, host included")
     if machine.sweep("ragged"):
         _plot_bars(machine, "ragged", "of_clone", 1, "time in units of hidden.clone()")
+    if any(row["sweep"] == "train" for row in machine.rows):
+        _plot_train(machine)
 
 
 def _plot_size(machine: Machine) -> None:
@@ -305,6 +306,31 @@ def _plot_bars(machine: Machine, sweep: str, key: str, unit: float, ylabel: str)
     axes.set_ylabel(ylabel)
     axes.legend(frameon=False, fontsize=9, ncols=4, loc="upper center")
     figure.savefig(machine.folder / f"{sweep}.png")
+
+
+def _plot_train(machine: Machine) -> None:
+    """Groups a second of fastrm, and of TRL where it ran, in units of the padded loop's."""
+    speeds: dict[str, dict[str, float]] = {}
+    for row in machine.rows:
+        if row["sweep"] == "train" and "groups_per_s" in row:
+            speeds.setdefault(row["setting"], {})[row["provider"]] = row["groups_per_s"]
+    speeds = {s: v for s, v in speeds.items() if {"padded-loop", "fastrm-auto"} <= v.keys()}
+    figure, axes = _figure("Training steps, groups a second", machine.device)
+    names = [n for n in ("fastrm-auto", "trl") if any(n in v for v in speeds.values())]
+    for k, name in enumerate(names):
+        times = [v.get(name, 0) / v["padded-loop"] for v in speeds.values()]
+        at = [i + 0.4 * (k - (len(names) - 1) / 2) for i in range(len(speeds))]
+        color = "#2a6fbb" if name == "fastrm-auto" else "#e09f3e"
+        axes.barh(at, times, 0.36, color=color, label=name)
+        for y, value in zip(at, times, strict=True):
+            if value:
+                axes.text(value, y, f" {value:.2f}", va="center", fontsize=9, color=color)
+    axes.axvline(1, color=COLORS["clone"], linewidth=1.2, linestyle="--", label="padded-loop")
+    axes.set_yticks(range(len(speeds)), list(speeds), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("times the padded loop")
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(machine.folder / "train.png")
 
 
 def _figure(title: str, device: str) -> tuple[Any, Any]:
@@ -389,6 +415,8 @@ def _label(sweep: str, point: Point) -> str:
         return f"{point.candidates}x{point.hidden_size} {point.dtype}"
     if sweep == "ragged":
         return point.groups if point.groups in KINDS else f"K={point.groups}"
+    if sweep == "losses":
+        return f"{point.loss}, {point.candidates}x{point.hidden_size}"
     return point.layout if sweep == "layout" else str(point)
 
 

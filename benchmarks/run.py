@@ -24,6 +24,7 @@ from fastrm_benchmarks.problems import (
     DTYPES,
     KINDS,
     LAYOUTS,
+    LOSSES,
     MB,
     Point,
     Problem,
@@ -131,7 +132,7 @@ def _measure_point(
     step("inputs")
     problem = make_problem(point, device)
     exact = check.exact(problem)
-    base = {**asdict(point), "num_groups": len(problem.target), "longest": problem.longest}
+    base = {**asdict(point), "num_groups": len(problem.offsets) - 1, "longest": problem.longest}
     rows: list[Row] = []
     counted: list[tuple[Row, Call]] = []
     functions: dict[str, Provider] = {}
@@ -174,7 +175,7 @@ def _measure_point(
         clone_s = samples["clone"].summary()["time_s"]
         for name, call in calls.items():
             found = samples[name].summary()
-            moved = point.limit_bytes("forward_backward" if name in CLONES else mode)
+            moved = point.clone_bytes if name in CLONES else point.limit_bytes(mode)
             row = {**base, "provider": name, "mode": mode, **found}
             if name != SMALLEST:
                 row |= {"limit_bytes": moved, "gb_per_s": moved / found["time_s"] / 1e9}
@@ -192,9 +193,15 @@ def _measure_point(
 
 def _checked(name: str, problem: Problem, exact: check.Exact) -> tuple[Provider, Row]:
     """The provider and what is known without a clock: errors, and what it saves for backward."""
-    if name == "eager-loop" and len(problem.target) > MAX_LOOP:
+    if name == "eager-loop" and len(problem.offsets) > MAX_LOOP + 1:
         raise Skip(f"more than {MAX_LOOP} groups")
-    function = provider(name)
+    if name == "sentence-transformers" and problem.longest * (
+        len(problem.offsets) - 1
+    ) != problem.point.candidates:
+        raise Skip("its lists are made for groups of one size")
+    function = provider(name, problem.point.loss)
+    if function is None:
+        raise Skip(f"not for {problem.point.loss}")
     errors = check.errors(problem, _forward_backward(function, problem), exact)
     wrong = check.verdict(name, problem.point.dtype, errors)
     if wrong:
@@ -314,11 +321,16 @@ def choose(args: argparse.Namespace) -> tuple[Plan, torch.device]:
     if "all" in asked:
         asked = [name for name in known if name != "quick"]
     plan = {name: (known[name], names) for name in known if name in asked}
-    if "hidden" in plan and not args.providers:  # compiling for each point takes most of the time
-        plan["hidden"] = (known["hidden"], [n for n in names if not n.endswith(COMPILE)])
+    if not args.providers:
+        for name, (points, _) in plan.items():
+            # A peer's lists take long to make, and compiling for each point longer.
+            without = [] if name == "losses" else ["sentence-transformers"]
+            if name in ("hidden", "losses"):
+                without += [n for n in names if n.endswith(COMPILE)]
+            plan[name] = (points, [n for n in names if n not in without])
     options = {
         "candidates": args.candidates, "hidden_size": args.hidden_size, "dtype": args.dtype,
-        "groups": args.groups, "layout": args.layout,
+        "groups": args.groups, "layout": args.layout, "loss": args.loss,
     }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     if given:
@@ -327,6 +339,7 @@ def choose(args: argparse.Namespace) -> tuple[Plan, torch.device]:
         point = Point(**given)
         one_of("--dtype", point.dtype, DTYPES)
         one_of("--layout", point.layout, LAYOUTS)
+        one_of("--loss", point.loss, LOSSES)
         if not (point.groups.isdecimal() and int(point.groups) > 0):
             one_of("--groups", point.groups, ["K", *KINDS])
         plan = {"custom": ([point], names)}

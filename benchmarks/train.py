@@ -77,6 +77,11 @@ class Contestant:
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
         self.parameters = parameters
+        self.tokens = 0  # that the backbone has computed
+        model.get_input_embeddings().register_forward_pre_hook(self._count)
+
+    def _count(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        self.tokens += inputs[0].numel()
 
     def step(self, examples: Sequence[Example]) -> float:
         loss = self.loss(self.model, examples)
@@ -85,6 +90,29 @@ class Contestant:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(loss.detach())  # waits for the device
+
+    def head_and_loss(self, examples: Sequence[Example]) -> float:
+        """Seconds from the backbone's last output of a batch to the first gradient of one."""
+        marks: dict[str, float] = {}
+
+        def now(name: str) -> None:
+            if self.parameters[0].is_cuda:
+                torch.cuda.synchronize()
+            marks[name] = time.perf_counter()
+
+        def arrived(gradient: Tensor) -> None:
+            if "gradient" not in marks:
+                now("gradient")
+
+        def left(module: Any, inputs: Any, output: Any) -> None:
+            output.last_hidden_state.register_hook(arrived)
+            now("hidden")
+
+        hook = self.model.base_model.register_forward_hook(left)
+        self.loss(self.model, examples).backward()
+        self.optimizer.zero_grad()
+        hook.remove()
+        return marks["gradient"] - marks["hidden"]
 
 
 def _fastrm(layout: str) -> Callable[[Any, Examples], Contestant]:
@@ -248,19 +276,29 @@ def measure(
             begin = time.perf_counter()
             losses.append(contestant.step(batch))
             times.append(time.perf_counter() - begin)
+            if i == 0:
+                contestant.tokens = 0  # those of the steps that are timed are reported
     first = median(losses[0] for _, _, losses in running.values())
-    for name, (_, times, losses) in running.items():
+    for name, (contestant, times, losses) in running.items():
         row = {**base, "provider": name, "losses": losses}
         if not abs(losses[0] - first) <= LOSS_AGREES[setting.dtype] * abs(first):
             wrong = f"the first loss is {losses[0]:.4g}, where others have {first:.4g}"
             rows.append({**row, "failed": wrong})
             continue
         times = times[1:]  # the first warms up
-        note(f"memory of {name}")
+        tokens = contestant.tokens
+        note(f"head of {name}")
         rows.append({
             **row, "step_s": median(times), "groups_per_s": N * len(times) / sum(times),
-            "peak_bytes": _peak_memory(setting, name, device),
+            "tokens_computed": tokens,
+            "head_loss_s": median(contestant.head_and_loss(batch) for batch in batches[-3:]),
         })  # fmt: skip
+    del contestant
+    running.clear()  # the processes that measure memory need it
+    for row in rows:
+        if "step_s" in row:
+            note(f"memory of {row['provider']}")
+            row["peak_bytes"] = _peak_memory(setting, row["provider"], device)
     return rows
 
 
@@ -412,6 +450,8 @@ def table(rows: Sequence[run.Row]) -> str:
             peak = row["peak_bytes"]
             lines.append(
                 f"  {row['provider']:<16}{row['groups_per_s']:8.2f} groups/s {ratio}"
+                f"{row['tokens_computed']:9d} tokens"
+                f"{1e3 * row['head_loss_s']:8.2f} ms in head and loss"
                 + ("" if peak is None else f"{peak / 2**20:9.0f} MB")
             )
     return "\n".join(lines)

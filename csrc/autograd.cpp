@@ -1,11 +1,12 @@
-// The differentiable operators `listwise_loss` and `score`: a graph node in C++, because one in
-// Python costs more than the arithmetic of a small batch. They call the operators of ops.cpp
-// through the dispatcher, so fake tensors and torch.compile see those.
+// The differentiable operators `listwise_loss`, `score`, `plackett_luce` and `bradley_terry`: graph
+// nodes in C++, because one in Python costs more than the arithmetic of a small batch. They call
+// the operators of ops.cpp through the dispatcher, so fake tensors and torch.compile see those.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -48,6 +49,19 @@ const auto& rank1_bwd() {
   return op;
 }
 
+const auto& heads_bwd() {
+  static const auto op = operator_named<Gradients(
+      const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, c10::SymIntArrayRef,
+      at::ScalarType, bool, bool, bool)>("fastrm_cpp::heads_bwd");
+  return op;
+}
+
+// plackett_luce_fwd and bradley_terry_fwd.
+using RankingSignature = std::tuple<Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&,
+    const OptTensor&, double, double, std::string_view, bool);
+using RankingFwd = c10::TypedOperatorHandle<RankingSignature>;
+
 OptTensor optional(const Tensor& t) {
   return t.defined() ? OptTensor(t) : OptTensor();
 }
@@ -58,7 +72,6 @@ struct Facts : torch::CustomClassHolder {
   at::ScalarType dtype; // likewise
   int64_t bias_dim = -1; // -1: there is no bias
   at::ScalarType bias_dtype = at::kFloat;
-  bool per_group = false; // the incoming gradient is (N,)
   bool shift_invariant = false;
 };
 
@@ -75,15 +88,19 @@ const Facts& facts_of(AutogradContext* ctx) {
   return static_cast<const Facts&>(*ctx->saved_data["facts"].toCapsule());
 }
 
+// The gradients have no graph of their own: with create_graph they would look constant.
+void refuse_second_order() {
+  TORCH_CHECK(
+      !at::GradMode::is_enabled(),
+      "the fused backends are differentiable once; create_graph=True needs backend='torch'");
+}
+
 // dhidden = coef·w, dweight = Σ coef·h, dbias = Σ coef, where they are asked for.
 variable_list gradients(
     AutogradContext* ctx, const Tensor& grad, const Tensor& coef, const OptTensor& offsets,
     const Tensor& weight, const OptTensor& rows, const OptTensor& hidden,
     const OptTensor& dweight) {
-  // The gradients have no graph of their own: with create_graph they would look constant.
-  TORCH_CHECK(
-      !at::GradMode::is_enabled(),
-      "the fused backends are differentiable once; create_graph=True needs backend='torch'");
+  refuse_second_order();
   const Facts& facts = facts_of(ctx);
   bool needs[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                   facts.bias_dim >= 0 && ctx->needs_input_grad(2)};
@@ -93,6 +110,30 @@ variable_list gradients(
   if (needs[2] && db.scalar_type() != facts.bias_dtype) db = db.to(facts.bias_dtype);
   if (needs[2] && facts.bias_dim == 1) db = db.unsqueeze(0);
   return {needs[0] ? dh : Tensor(), needs[1] ? dw : Tensor(), needs[2] ? db : Tensor(), Tensor()};
+}
+
+// The same for E heads: coef is (M, E).
+variable_list gradients_of_heads(
+    AutogradContext* ctx, const Tensor& coef, const Tensor& weight, const OptTensor& rows,
+    const OptTensor& hidden) {
+  refuse_second_order();
+  const Facts& facts = facts_of(ctx);
+  bool needs[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                  facts.bias_dim >= 0 && ctx->needs_input_grad(2)};
+  auto [dh, dw, db] = heads_bwd().call(
+      coef, weight, rows, hidden, facts.shape, facts.dtype, needs[0], needs[1],
+      needs[2] && !facts.shift_invariant);
+  if (needs[2] && facts.shift_invariant) db = at::zeros_symint({weight.sym_size(0)}, db.options());
+  if (needs[2] && db.scalar_type() != facts.bias_dtype) db = db.to(facts.bias_dtype);
+  return {needs[0] ? dh : Tensor(), needs[1] ? dw : Tensor(), needs[2] ? db : Tensor(), Tensor()};
+}
+
+// A gradient () or, with offsets, (N,), times the coefficients (M,) or (M, E).
+Tensor scaled(const Tensor& grad, const Tensor& coef, const Tensor& offsets) {
+  if (!offsets.defined()) return grad.mul(coef);
+  Tensor each = at::repeat_interleave_symint(
+      grad, offsets.to(at::kLong).diff(), 0, coef.sym_size(0));
+  return coef.dim() == 2 ? each.unsqueeze(1).mul(coef) : each.mul(coef);
 }
 
 struct Score : torch::autograd::Function<Score> {
@@ -107,6 +148,8 @@ struct Score : torch::autograd::Function<Score> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto saved = ctx->get_saved_variables();
+    if (grads[0].dim() == 2)
+      return gradients_of_heads(ctx, grads[0], saved[1], optional(saved[2]), optional(saved[0]));
     return gradients(
         ctx, at::ones({}, grads[0].options()), grads[0], {}, saved[1], optional(saved[2]),
         optional(saved[0]), {});
@@ -135,23 +178,54 @@ struct ListwiseLoss : torch::autograd::Function<ListwiseLoss> {
     bool none = groups.reduction == "none";
     bool needs_dweight = weight.requires_grad();
     auto [loss, scores, coef, dweight] = groups.run(hidden, weight, bias, true, needs_dweight);
-    // Per-group gradients come after forward, so dweight needs hidden once more.
+    // Per-group gradients come after forward, and several heads have no one pass: dweight then
+    // needs hidden once more.
+    bool again = none || coef.dim() == 2;
     ctx->save_for_backward(
-        {coef, weight, groups.rows.value_or(Tensor()), none ? groups.offsets : dweight,
-         none && needs_dweight ? hidden : Tensor()});
+        {coef, weight, groups.rows.value_or(Tensor()), none ? groups.offsets : Tensor(),
+         again ? Tensor() : dweight, again && needs_dweight ? hidden : Tensor()});
     ctx->mark_non_differentiable({scores});
     Facts& facts = keep_facts(ctx, hidden, bias);
-    facts.per_group = none;
     facts.shift_invariant = groups.center_coef == 0;
     return {loss, scores};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto saved = ctx->get_saved_variables();
-    bool none = facts_of(ctx).per_group;
+    OptTensor rows = optional(saved[2]), hidden = optional(saved[5]);
+    if (saved[0].dim() == 2)
+      return gradients_of_heads(ctx, scaled(grads[0], saved[0], saved[3]), saved[1], rows, hidden);
     return gradients(
-        ctx, grads[0], saved[0], none ? OptTensor(saved[3]) : OptTensor(), saved[1],
-        optional(saved[2]), optional(saved[4]), none ? OptTensor() : OptTensor(saved[3]));
+        ctx, grads[0], saved[0], optional(saved[3]), saved[1], rows, hidden, optional(saved[4]));
+  }
+};
+
+struct Ranks {
+  const RankingFwd& fwd;
+  const Tensor &offsets, &ranks;
+  const OptTensor &extra, &group_weight, &num_items;
+  double temperature, center_coef;
+  std::string_view reduction;
+
+  std::tuple<Tensor, Tensor> run(const Tensor& scores, bool needs_coef) const {
+    return fwd.call(
+        scores, offsets, ranks, extra, group_weight, num_items, temperature, center_coef,
+        reduction, needs_coef);
+  }
+};
+
+// Any loss of scores alone whose forward knows its coefficients.
+struct RankingLoss : torch::autograd::Function<RankingLoss> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& scores, const Ranks& ranks) {
+    auto [loss, coef] = ranks.run(scores, true);
+    ctx->save_for_backward({coef, ranks.reduction == "none" ? ranks.offsets : Tensor()});
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    refuse_second_order();
+    auto saved = ctx->get_saved_variables();
+    return {scaled(grads[0], saved[0], saved[1]), Tensor()};
   }
 };
 
@@ -185,6 +259,32 @@ std::tuple<Tensor, Tensor> listwise_loss(
   return {loss, scores};
 }
 
+Tensor ranking_loss(const Tensor& scores, const Ranks& ranks) {
+  return at::GradMode::is_enabled() && differentiable(scores)
+      ? RankingLoss::apply(scores, ranks)
+      : std::get<0>(ranks.run(scores, false));
+}
+
+Tensor plackett_luce(
+    const Tensor& scores, const Tensor& offsets, const Tensor& ranks, const OptTensor& extra,
+    const OptTensor& group_weight, const OptTensor& num_items, double temperature,
+    double center_coef, std::string_view reduction) {
+  static const auto fwd = operator_named<RankingSignature>("fastrm_cpp::plackett_luce_fwd");
+  return ranking_loss(
+      scores, {fwd, offsets, ranks, extra, group_weight, num_items, temperature, center_coef,
+               reduction});
+}
+
+Tensor bradley_terry(
+    const Tensor& scores, const Tensor& offsets, const Tensor& ranks, const OptTensor& extra,
+    const OptTensor& group_weight, const OptTensor& num_items, double temperature,
+    double center_coef, std::string_view reduction) {
+  static const auto fwd = operator_named<RankingSignature>("fastrm_cpp::bradley_terry_fwd");
+  return ranking_loss(
+      scores, {fwd, offsets, ranks, extra, group_weight, num_items, temperature, center_coef,
+               reduction});
+}
+
 } // namespace
 } // namespace fastrm
 
@@ -198,4 +298,10 @@ TORCH_LIBRARY_FRAGMENT(fastrm_cpp, m) {
       "float temperature=1.0, float label_smoothing=0.0, float center_coef=0.0, "
       "str reduction='mean') -> (Tensor loss, Tensor scores)",
       &fastrm::listwise_loss);
+  const char* ranking =
+      "(Tensor scores, Tensor offsets, Tensor ranks, Tensor? extra=None, "
+      "Tensor? group_weight=None, Tensor? num_items=None, float temperature=1.0, "
+      "float center_coef=0.0, str reduction='mean') -> Tensor";
+  m.def((std::string("plackett_luce") + ranking).c_str(), &fastrm::plackett_luce);
+  m.def((std::string("bradley_terry") + ranking).c_str(), &fastrm::bradley_terry);
 }

@@ -243,9 +243,25 @@ void project_rows(const T* const* rows, int64_t D, const Acc<T>* w, Acc<T> bias,
   for (int r = 0; r < ROWS; ++r) out[r] = lane_sum<A>(total[r]) + bias;
 }
 
+inline float widened(const float* p) {
+  return *p;
+}
+inline double widened(const double* p) {
+  return *p;
+}
+template <class T>
+inline float widened(const T* p) {
+  return load_pair_tail(p, 1).lo[0];
+}
+
 template <class T>
 void project(
     const T* const* rows, int64_t n, int64_t D, const Acc<T>* w, Acc<T> bias, Acc<T>* out) {
+  if (D == 1) {  // scores that are already there; two loops, for the roundings of the others
+    for (int64_t i = 0; i < n; ++i) out[i] = widened(rows[i]) * w[0];
+    for (int64_t i = 0; i < n; ++i) out[i] += bias;
+    return;
+  }
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) project_rows<T, 4>(rows + i, D, w, bias, out + i);
   for (; i + 2 <= n; i += 2) project_rows<T, 2>(rows + i, D, w, bias, out + i);
@@ -318,6 +334,18 @@ void rank1(T* out, const Acc<T>* scale, Acc<T> mul, int64_t n, int64_t D, const 
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int64_t W2 = 2 * LANES<A>;
+  if (D == 1) {  // rows side by side
+    for (int64_t i = 0; i < n; i += W2) {
+      bool whole = i + W2 <= n;
+      Pair<A> s = whole ? load_pair(scale + i) : load_pair_tail(scale + i, n - i);
+      s.lo *= mul;
+      s.hi *= mul;
+      V lo = s.lo != 0 ? s.lo * w[0] : V{}, hi = s.hi != 0 ? s.hi * w[0] : V{};
+      if (whole) store_pair(out + i, lo, hi);
+      else store_pair_tail(out + i, lo, hi, n - i);
+    }
+    return;
+  }
   for (int64_t i = 0; i < n; ++i, out += D) {
     A s = scale[i] * mul;
     if (s == 0) {  // 0·inf must not make NaN in a row that takes no part
@@ -334,6 +362,263 @@ void rank1(T* out, const Acc<T>* scale, Acc<T> mul, int64_t n, int64_t D, const 
       store_pair_tail(out + d, (V)(x.lo * s), (V)(x.hi * s), D - d);
     }
   }
+}
+
+// ---- several heads -----------------------------------------------------------------------------
+
+// What stays in registers at once: products of so many rows and heads, sums of so many heads.
+#if defined(__AVX512F__)
+constexpr int ROWS = 4, HEADS = 4, SUM_HEADS = 8;
+#else
+constexpr int ROWS = 2, HEADS = 4, SUM_HEADS = 4;
+#endif
+// What stays in L1: so many heads, and columns of each (16 pairs).
+constexpr int64_t TILE_HEADS = 8;
+template <class A>
+constexpr int64_t TILE = 32 * LANES<A>;
+
+// total[r, e] += rows[r, d:d+width] · w[e], w packed in pair order with zeros at its end.
+template <class T, int R, int H>
+void project_tile(
+    const T* const* rows, int64_t d, int64_t width, const Acc<T>* w, Vec<Acc<T>>* total) {
+  using A = Acc<T>;
+  constexpr int64_t W2 = 2 * LANES<A>;
+  const T* p[R];
+  for (int r = 0; r < R; ++r) p[r] = rows[r] + d;
+  Vec<A> sum[R][H] = {};
+  auto add = [&](const Pair<A>* h, int64_t v) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int e = 0; e < H; ++e) {
+      Vec<A> lo = load(w + e * TILE<A> + v), hi = load(w + e * TILE<A> + v + LANES<A>);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r][e] += h[r].lo * lo;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[r][e] += h[r].hi * hi;
+    }
+  };
+  int64_t v = 0;
+  for (; v + W2 <= width; v += W2) {
+    Pair<A> h[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) h[r] = load_pair(p[r] + v);
+    add(h, v);
+  }
+  if (v < width) {
+    Pair<A> h[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) h[r] = load_pair_tail(p[r] + v, width - v);
+    add(h, v);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int e = 0; e < H; ++e) total[r * TILE_HEADS + e] += sum[r][e];
+}
+
+template <class T, int H>
+void project_tile_rows(
+    const T* const* rows, int64_t n, int64_t d, int64_t width, const Acc<T>* w,
+    Vec<Acc<T>>* total) {
+  int64_t i = 0;
+  for (; i + ROWS <= n; i += ROWS)
+    project_tile<T, ROWS, H>(rows + i, d, width, w, total + i * TILE_HEADS);
+  for (; i < n; ++i) project_tile<T, 1, H>(rows + i, d, width, w, total + i * TILE_HEADS);
+}
+
+template <class T>
+void project_heads(
+    const T* const* rows, int64_t n, int64_t E, int64_t D, const Acc<T>* w, const Acc<T>* bias,
+    Acc<T>* out) {
+  using A = Acc<T>;
+  constexpr int64_t W2 = 2 * LANES<A>, TILE_ROWS = 32;
+  alignas(64) A packed[TILE_HEADS * TILE<A>];  // rows of w may lie on the same lines of a cache
+  Vec<A> total[TILE_ROWS * TILE_HEADS];
+  for (int64_t i = 0; i < n; i += TILE_ROWS, rows += TILE_ROWS, out += TILE_ROWS * E) {
+    int64_t some = n - i < TILE_ROWS ? n - i : TILE_ROWS;
+    for (int64_t first = 0; first < E; first += TILE_HEADS) {
+      int64_t heads = E - first < TILE_HEADS ? E - first : TILE_HEADS;
+      for (int64_t k = 0; k < some * TILE_HEADS; ++k) total[k] = Vec<A>{};
+      for (int64_t d = 0; d < D; d += TILE<A>) {
+        int64_t width = D - d < TILE<A> ? D - d : TILE<A>, e = 0;
+        for (int64_t k = 0; k < heads; ++k)
+          for (int64_t v = 0; v < width; v += W2) {
+            const A* from = w + (first + k) * D + d + v;
+            Pair<A> x = v + W2 <= width ? load_pair(from) : load_pair_tail(from, width - v);
+            x = to_pair<T>(x);
+            store_pair(packed + k * TILE<A> + v, x.lo, x.hi);
+          }
+        for (; e + HEADS <= heads; e += HEADS)
+          project_tile_rows<T, HEADS>(rows, some, d, width, packed + e * TILE<A>, total + e);
+        for (; e + 2 <= heads; e += 2)
+          project_tile_rows<T, 2>(rows, some, d, width, packed + e * TILE<A>, total + e);
+        if (e < heads)
+          project_tile_rows<T, 1>(rows, some, d, width, packed + e * TILE<A>, total + e);
+      }
+      for (int64_t r = 0; r < some; ++r)
+        for (int64_t e = 0; e < heads; ++e)
+          out[r * E + first + e] = lane_sum<A>(total[r * TILE_HEADS + e]) + bias[first + e];
+    }
+  }
+}
+
+// sum[e] = (first ? 0 : sum[e]) + Σ_r coef[r, e]·rows[r] over elements d:d+width, in pair order.
+template <class T, int R, int H>
+void add_rows_heads(
+    const T* const* rows, const Acc<T>* coef, int64_t E, int64_t d, int64_t width, bool first,
+    Acc<T>* sum) {
+  using A = Acc<T>;
+  constexpr int64_t W2 = 2 * LANES<A>;
+  const T* p[R];  // copies: sum might alias the originals
+  A c[R][H];
+  for (int r = 0; r < R; ++r) {
+    p[r] = rows[r] + d;
+    for (int e = 0; e < H; ++e) c[r][e] = coef[r * E + e];
+  }
+  for (int64_t v = 0; v < width; v += W2) {
+    bool whole = v + W2 <= width;
+    Pair<A> s[H];
+#pragma GCC unroll 8
+    for (int e = 0; e < H; ++e) s[e] = first ? Pair<A>{} : load_pair(sum + e * TILE<A> + v);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Pair<A> h = whole ? load_pair(p[r] + v) : load_pair_tail(p[r] + v, width - v);
+#pragma GCC unroll 8
+      for (int e = 0; e < H; ++e) {
+        s[e].lo += h.lo * c[r][e];
+        s[e].hi += h.hi * c[r][e];
+      }
+    }
+#pragma GCC unroll 8
+    for (int e = 0; e < H; ++e) store_pair(sum + e * TILE<A> + v, s[e].lo, s[e].hi);
+  }
+}
+
+template <class T, int H>
+void add_tile_heads(
+    const T* const* rows, const Acc<T>* coef, int64_t n, int64_t E, int64_t d, int64_t width,
+    Acc<T>* sum) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    add_rows_heads<T, 8, H>(rows + i, coef + i * E, E, d, width, i == 0, sum);
+  for (; i < n; ++i) add_rows_heads<T, 1, H>(rows + i, coef + i * E, E, d, width, i == 0, sum);
+}
+
+template <class T>
+void accumulate_heads(
+    const T* const* rows, const Acc<T>* coef, int64_t n, int64_t E, int64_t D, bool add,
+    Acc<T>* acc, int64_t stride) {
+  using A = Acc<T>;
+  constexpr int64_t W2 = 2 * LANES<A>;
+  alignas(64) A sum[TILE_HEADS * TILE<A>];  // over this call's rows alone, as in accumulate
+  for (int64_t d = 0; d < D; d += TILE<A>)
+    for (int64_t first = 0; first < E; first += TILE_HEADS) {
+      int64_t width = D - d < TILE<A> ? D - d : TILE<A>;
+      int64_t heads = E - first < TILE_HEADS ? E - first : TILE_HEADS, e = 0;
+      const A* c = coef + first;
+      for (; e + SUM_HEADS <= heads; e += SUM_HEADS)
+        add_tile_heads<T, SUM_HEADS>(rows, c + e, n, E, d, width, sum + e * TILE<A>);
+      for (; e + 2 <= heads; e += 2)
+        add_tile_heads<T, 2>(rows, c + e, n, E, d, width, sum + e * TILE<A>);
+      if (e < heads) add_tile_heads<T, 1>(rows, c + e, n, E, d, width, sum + e * TILE<A>);
+      for (int64_t k = 0; k < heads; ++k)
+        for (int64_t v = 0; v < width; v += W2) {
+          A* to = acc + (first + k) * stride + d + v;
+          bool whole = v + W2 <= width;
+          Pair<A> x = n ? from_pair<T>(load_pair(sum + k * TILE<A> + v)) : Pair<A>{};
+          if (add) {
+            Pair<A> old = whole ? load_pair(to) : load_pair_tail(to, width - v);
+            x.lo += old.lo;
+            x.hi += old.hi;
+          }
+          if (whole) store_pair(to, x.lo, x.hi);
+          else store_pair_tail(to, x.lo, x.hi, width - v);
+        }
+    }
+}
+
+// out[r, d:d+width] = Σ_e scale[r, e]·w[e].
+template <class T, int R>
+void write_heads(
+    T* const* out, const Acc<T>* const* scale, int64_t E, int64_t D, int64_t d, int64_t width,
+    const Acc<T>* w) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t W2 = 2 * LANES<A>;
+  for (int64_t v = 0; v < width; v += W2) {
+    bool whole = v + W2 <= width;
+    V lo[R] = {}, hi[R] = {};
+    const A* at = w + d + v;
+    for (int64_t e = 0; e < E; ++e, at += D) {
+      Pair<A> x = whole ? load_pair(at) : load_pair_tail(at, width - v);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        lo[r] += x.lo * scale[r][e];
+        hi[r] += x.hi * scale[r][e];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      if (whole) store_pair(out[r] + d + v, lo[r], hi[r]);
+      else store_pair_tail(out[r] + d + v, lo[r], hi[r], width - v);
+  }
+}
+
+template <class T>
+void rank_heads(T* out, const Acc<T>* scale, int64_t n, int64_t E, int64_t D, const Acc<T>* w) {
+  using A = Acc<T>;
+  constexpr int64_t R = 4, SOME = 64;
+  T* to[SOME];
+  const A* factors[SOME];
+  while (n > 0) {
+    int64_t some = n < SOME ? n : SOME, kept = 0;
+    for (int64_t i = 0; i < some; ++i, out += D, scale += E) {
+      bool any = false;
+      for (int64_t e = 0; e < E; ++e) any |= scale[e] != 0;
+      if (any) to[kept] = out, factors[kept++] = scale;
+      else __builtin_memset(out, 0, D * sizeof(T));
+    }
+    for (int64_t d = 0; d < D; d += TILE<A>) {
+      int64_t width = D - d < TILE<A> ? D - d : TILE<A>, i = 0;
+      for (; i + R <= kept; i += R) write_heads<T, R>(to + i, factors + i, E, D, d, width, w);
+      for (; i < kept; ++i) write_heads<T, 1>(to + i, factors + i, E, D, d, width, w);
+    }
+    n -= some;
+  }
+}
+
+// ---- pairs of candidates -----------------------------------------------------------------------
+
+// log Π (1 + r_j) is the log of a running product, kept as q = product - 1 so that small r_j are
+// not rounded away, and taken before the product can overflow.
+double beat(const double* e, int64_t n, double w, double top, double* lost, double* won) {
+  constexpr int64_t L = LANES<double>;
+  double inverse = 1 / w, longest = 700 / __builtin_log1p(top * inverse);
+  int64_t run = longest > 1e6 ? 1000000 : longest > 1 ? int64_t(longest) : 1;
+  double loss = 0, sum = 0;
+  Vec<double> sums = {};
+  int64_t j = 0;
+  while (j + L <= n) {
+    Vec<double> q = {};
+    for (int64_t left = run; left > 0 && j + L <= n; --left, j += L) {
+      Vec<double> r = load(e + j) * inverse, p = r / (1 + r);
+      q += r + q * r;
+      sums += p;
+      store_raw(lost + j, load(lost + j) + p);
+    }
+    for (int64_t l = 0; l < L; ++l) loss += __builtin_log1p(q[l]);
+  }
+  while (j < n) {
+    double q = 0;
+    for (int64_t left = run; left > 0 && j < n; --left, ++j) {
+      double r = e[j] * inverse, p = r / (1 + r);
+      q += r + q * r;
+      sum += p;
+      lost[j] += p;
+    }
+    loss += __builtin_log1p(q);
+  }
+  *won += sum + lane_sum<double>(sums);
+  return loss;
 }
 
 bool supported() {
@@ -353,7 +638,10 @@ bool supported() {
 }
 
 template <class T>
-constexpr Kernels<T> kernels = {project<T>, accumulate<T>, rank1<T>};
+constexpr Kernels<T> kernels = {
+    project<T>,       accumulate<T>,       rank1<T>,
+    project_heads<T>, accumulate_heads<T>, rank_heads<T>,
+};
 
 } // namespace
 
@@ -363,6 +651,8 @@ constexpr Kernels<T> kernels = {project<T>, accumulate<T>, rank1<T>};
 #define FASTRM_STR(a) FASTRM_STR2(a)
 extern const Isa FASTRM_CAT(isa_, FASTRM_ISA);
 constexpr Isa FASTRM_CAT(isa_, FASTRM_ISA) = {
-    FASTRM_STR(FASTRM_ISA), supported, kernels<double>, kernels<float>, kernels<bf16>, kernels<fp16>};
+    FASTRM_STR(FASTRM_ISA), supported,     kernels<double>, kernels<float>,
+    kernels<bf16>,          kernels<fp16>, beat,
+};
 
 } // namespace fastrm

@@ -1,6 +1,7 @@
-// The three inner loops that touch hidden-sized memory, one set per instruction set.
+// The inner loops that touch hidden-sized memory, for one head and for several, and the one over
+// pairs of candidates; one set per instruction set.
 // No torch header and no inline code here: this file is compiled under several -m flags.
-// Letters: D hidden, n rows. T is the storage type, A the accumulation type.
+// Letters: D hidden, n rows, E heads. T is the storage type, A the accumulation type.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +36,23 @@ struct Kernels {
       const T* const* rows, const A* coef, int64_t n, int64_t D, A beta, A* acc);
   // out[i] = (scale[i]·mul)·w for n contiguous rows, zeros where that factor is 0.
   void (*rank1)(T* out, const A* scale, A mul, int64_t n, int64_t D, const A* w);
+
+  // The three for E heads: w is (E, D), bias (E,), a row's scores and factors stand together.
+  // out (n, E) = bias + rows · wᵀ. The bits of a score depend on its row and head alone.
+  void (*project_heads)(
+      const T* const* rows, int64_t n, int64_t E, int64_t D, const A* w, const A* bias, A* out);
+  // acc = (add ? acc : 0) + coefᵀ · rows with coef (n, E); head e is at acc + e·stride.
+  void (*accumulate_heads)(
+      const T* const* rows, const A* coef, int64_t n, int64_t E, int64_t D, bool add, A* acc,
+      int64_t stride);
+  // out[i] = Σ_e scale[i, e]·w[e] for n contiguous rows, zeros where all of those are 0.
+  void (*rank_heads)(T* out, const A* scale, int64_t n, int64_t E, int64_t D, const A* w);
 };
+
+// A candidate with e^z = w, chosen over n others with e^z = e[j] <= top: p_j = e[j]/(w + e[j]) is
+// added to lost[j], their sum to won; returns Σ -log(1 - p_j). w and e are from e^-150 to e^150.
+using Beat = double(
+    const double* e, int64_t n, double w, double top, double* lost, double* won);
 
 struct Isa {
   const char* name;
@@ -44,6 +61,7 @@ struct Isa {
   Kernels<float> f32;
   Kernels<bf16> b16;
   Kernels<fp16> h16;
+  Beat* beat;
 };
 
 } // namespace fastrm

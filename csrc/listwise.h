@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstddef>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -67,13 +66,18 @@ inline double moved(double sum, double gap) { return sum == 0 ? 0 : sum * std::e
 struct Sums {
   double max = -std::numeric_limits<double>::infinity();
   double exp = 0; // Σ e^(z − max)
-  double hard = 0, qz = 0, score = 0; // Σ q, Σ q'·z, Σ s
+  double hard = 0, mass = 0, score = 0; // Σ q, Σ q', Σ s
+  double below = 0; // Σ q'·(max − z): large scores must not round their differences away
 
-  void merge(const Sums& o) {
-    double top = std::max(max, o.max);
-    exp = moved(exp, max - top) + moved(o.exp, o.max - top);
+  void raise(double top) {
+    exp = moved(exp, max - top);
+    if (mass != 0) below += mass * (top - max);
     max = top;
-    hard += o.hard, qz += o.qz, score += o.score;
+  }
+  void merge(Sums o) {
+    double top = std::max(max, o.max);
+    raise(top), o.raise(top);
+    exp += o.exp, hard += o.hard, mass += o.mass, score += o.score, below += o.below;
   }
 };
 
@@ -88,7 +92,7 @@ Closed close(const typename Listwise<A>::Group& group, const Sums& sums) {
   double mean = sums.score / double(group.size), scale = group.weight / o.divisor;
   double q = sums.hard + o.smoothing * (1 - sums.hard); // Σ q', without K roundings
   Closed c;
-  c.loss = group.weight * (q * (std::log(sums.exp) + sums.max) - sums.qz);
+  c.loss = group.weight * (q * std::log(sums.exp) + sums.below);
   if (o.center != 0) c.loss += group.weight * o.center * 4 * mean * mean;
   c.max = sums.max;
   c.p = scale * q / (sums.exp * o.temperature);
@@ -96,8 +100,6 @@ Closed close(const typename Listwise<A>::Group& group, const Sums& sums) {
   c.mean = o.center != 0 ? scale * 8 * o.center * mean / double(group.size) : 0.0;
   return c;
 }
-
-using Parallel = std::function<void(int64_t n, const std::function<void(int64_t)>& task)>;
 
 template <class T>
 class ListwiseForward {
@@ -272,19 +274,17 @@ class ListwiseForward {
     double top = sums.max;
     for (int64_t i = 0; i < n; ++i) {
       A score = scores[first + i];
-      double q = group.q(first + i);
       z[i] = group.z(first + i, score);
       top = std::max(top, z[i]);
       sums.hard += group.hard(first + i);
-      if (q != 0) sums.qz += q * z[i];
       sums.score += score;
     }
-    sums.exp = moved(sums.exp, sums.max - top);
-    sums.max = top;
+    sums.raise(top);
     for (int64_t i = 0; i < n; ++i) {
       bool masked = z[i] == -std::numeric_limits<double>::infinity();
       e[i] = masked ? A(0) : exp_flushed(A(z[i] - top));
       sums.exp += e[i];
+      if (double q = group.q(first + i); q != 0) sums.mass += q, sums.below += q * (top - z[i]);
     }
   }
 

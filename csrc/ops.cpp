@@ -1,5 +1,5 @@
 // The torch operators: argument checks, views, outputs. No arithmetic on hidden-sized data here.
-// Letters: N groups, M candidates, T rows of hidden, D hidden; A the accumulation type.
+// Letters: N groups, M candidates, T rows of hidden, D hidden, E heads; A the accumulation type.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -10,9 +10,11 @@
 #include <tuple>
 #include <vector>
 
+#include "bradley_terry.h"
 #include "kernels.h"
 #include "listwise.h"
 #include "output.h"
+#include "plackett_luce.h"
 #include "rows.h"
 
 namespace fastrm {
@@ -166,7 +168,7 @@ double bias_arg(const Tensor& bias) {
   return scalar_arg(bias, "bias");
 }
 
-// weight (D,) or (1, D) widened once to the accumulation type.
+// weight (D,), (1, D) or (E, D) widened once to the accumulation type.
 template <class A>
 struct WeightArg {
   Tensor keep;
@@ -174,24 +176,32 @@ struct WeightArg {
   const A* data;
 };
 
+// E of a weight (E, D); 1 where it is not of that kind.
+int64_t heads_of(const Tensor& weight) {
+  return weight.dim() == 2 ? std::max<int64_t>(weight.size(0), 1) : 1;
+}
+
 template <class A>
-WeightArg<A> weight_arg(const Tensor& weight, int64_t D) {
+WeightArg<A> weight_arg(const Tensor& weight, int64_t D, int64_t E = 1) {
   check_float(weight, "weight");
+  bool fits = E > 1 ? weight.size(1) == D
+                    : weight.numel() == D &&
+          (weight.dim() == 1 || (weight.dim() == 2 && weight.size(0) == 1));
   TORCH_CHECK_VALUE(
-      weight.numel() == D && (weight.dim() == 1 || (weight.dim() == 2 && weight.size(0) == 1)),
-      "weight must have shape (", D, ",) or (1, ", D, ") to match hidden, got ", weight.sizes());
+      fits, "weight must have shape (", D, ",), (1, ", D, ") or, for E heads, (E, ", D,
+      ") to match hidden, got ", weight.sizes());
   WeightArg<A> arg;
   ScalarType dtype = weight.scalar_type();
   bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
   if (half && std::is_same_v<A, float>) {
     arg.keep = weight.contiguous();
-    arg.wide.reset(new A[D]);
+    arg.wide.reset(new A[E * D]);
     with_type(dtype, "weight", [&](auto tag) {
       using W = decltype(tag);
       if constexpr (std::is_same_v<Acc<W>, A>) {
         const W* row = static_cast<const W*>(arg.keep.const_data_ptr());
         const A one = 1;
-        kernels<W>().accumulate(&row, &one, 1, D, A(0), arg.wide.get());
+        kernels<W>().accumulate(&row, &one, 1, E * D, A(0), arg.wide.get());
       }
     });
     arg.data = arg.wide.get();
@@ -296,6 +306,28 @@ void check_soft(const Index& offsets, const A* soft, int64_t N, double tolerance
   }
 }
 
+void check_options(double temperature, double center_coef, std::string_view reduction) {
+  TORCH_CHECK_VALUE(
+      temperature > 0 && std::isfinite(temperature), "temperature must be > 0, got ", temperature);
+  TORCH_CHECK_VALUE(
+      center_coef >= 0 && std::isfinite(center_coef), "center_coef must be finite and >= 0, got ",
+      center_coef);
+  TORCH_CHECK_VALUE(
+      reduction == "mean" || reduction == "sum" || reduction == "none",
+      "reduction must be 'mean', 'sum' or 'none', got '", reduction, "'");
+}
+
+// What the total loss of `counted` groups is divided by.
+double divisor_arg(const OptTensor& num_items, int64_t counted, std::string_view reduction) {
+  double divisor = double(std::max<int64_t>(counted, 1));
+  if (num_items) {
+    divisor = scalar_arg(*num_items, "num_items_in_batch");
+    TORCH_CHECK_VALUE(
+        divisor > 0 && std::isfinite(divisor), "num_items_in_batch must be > 0, got ", divisor);
+  }
+  return reduction == "mean" ? divisor : 1;
+}
+
 template <class A>
 Tensor scalar_tensor(A value) {
   Tensor out = at::detail::empty_cpu({}, dtype_of<A>);
@@ -310,6 +342,34 @@ A* data(const Tensor& t, bool needed = true) {
 
 // ---- score -------------------------------------------------------------------------------------
 
+// Rows of a task for E heads: enough to make up for preparing the weights.
+int64_t task_rows_heads(int64_t M, int64_t D) {
+  return std::max<int64_t>(task_rows(M, D), 32);
+}
+
+template <class T>
+Tensor score_heads(
+    const Rows<T>& view, const Tensor& weight, const OptTensor& bias, int64_t M, int64_t E,
+    int64_t D) {
+  using A = Acc<T>;
+  WeightArg<A> w = weight_arg<A>(weight, D, E);
+  FloatArg<A> b = float_arg<A>(bias, "bias", E);
+  std::vector<A> zeros(E);
+  Tensor scores = at::detail::empty_cpu({M, E}, dtype_of<A>);
+  int64_t step = task_rows_heads(M, D);
+  run_parallel((M + step - 1) / step, [&](int64_t t) {
+    const T* pointers[kMaxBlock];
+    int64_t end = std::min(M, (t + 1) * step);
+    for (int64_t r = t * step; r < end; r += kMaxBlock) {
+      int64_t n = std::min(kMaxBlock, end - r);
+      view.pointers(r, n, pointers);
+      kernels<T>().project_heads(
+          pointers, n, E, D, w.data, b.data ? b.data : zeros.data(), data<A>(scores) + r * E);
+    }
+  });
+  return scores;
+}
+
 template <class T>
 Tensor score_typed(
     const Tensor& hidden, const Tensor& weight, const OptTensor& bias, const OptTensor& rows) {
@@ -318,9 +378,10 @@ Tensor score_typed(
   IndexArg index = rows_arg(rows);
   Rows<T> view = rows_view<T>(hidden, index);
   check_rows(index, view.count, true);
+  int64_t M = rows ? index.size : view.count;
+  if (int64_t E = heads_of(weight); E > 1) return score_heads<T>(view, weight, bias, M, E, D);
   WeightArg<A> w = weight_arg<A>(weight, D);
   A b = bias ? A(bias_arg(*bias)) : A(0);
-  int64_t M = rows ? index.size : view.count;
   Tensor scores = at::detail::empty_cpu({M}, dtype_of<A>);
   int64_t step = task_rows(M, D), block = block_rows(D, sizeof(T));
   run_parallel((M + step - 1) / step, [&](int64_t t) {
@@ -354,6 +415,56 @@ struct ListwiseArgs {
   bool needs_coef, needs_dweight;
 };
 
+// A loss for each of E heads, from scores (M, E); their mean, and the coefficients (M, E).
+template <class A>
+Forward listwise_heads(
+    const Tensor& scores, Listwise<A> loss, int64_t N, bool none, bool needs_coef) {
+  int64_t M = scores.size(0), E = scores.size(1);
+  double divisor = loss.divisor;
+  loss.divisor *= double(E);
+  std::unique_ptr<A[]> columns(new A[2 * E * M]), by_head(none ? new A[E * N] : nullptr);
+  std::vector<double> totals(E);
+  const A one = 1, *from = static_cast<const A*>(scores.const_data_ptr());
+  Tensor coef = needs_coef ? at::detail::empty_cpu({M, E}, dtype_of<A>)
+                           : at::detail::empty_cpu({0}, dtype_of<A>);
+  A* to = data<A>(coef, needs_coef);
+  run_parallel(E, [&](int64_t e) {
+    A *column = columns.get() + 2 * e * M, *slopes = column + M;
+    for (int64_t i = 0; i < M; ++i) column[i] = from[i * E + e];
+    ListwiseForward<A> forward; // of hidden states of size 1 and a head of weight 1
+    forward.hidden = {column, M, std::max<int64_t>(M, 1), 0, 1, {}};
+    forward.weight = &one;
+    forward.bias = 0;
+    forward.loss = loss;
+    forward.N = N;
+    forward.M = M;
+    forward.D = 1;
+    forward.kernels = forward.combine = &kernels<A>();
+    forward.scores = column;
+    forward.coef = needs_coef ? slopes : nullptr;
+    forward.dweight = nullptr;
+    forward.losses = none ? by_head.get() + e * N : nullptr;
+    totals[e] = forward.run([](int64_t n, const std::function<void(int64_t)>& task) {
+      for (int64_t t = 0; t < n; ++t) task(t);
+    });
+    for (int64_t i = 0; needs_coef && i < M; ++i) to[i * E + e] = slopes[i];
+  });
+  Tensor losses, dweight = at::detail::empty_cpu({0}, dtype_of<A>);
+  if (none) {
+    losses = at::detail::empty_cpu({N}, dtype_of<A>);
+    for (int64_t g = 0; g < N; ++g) {
+      double sum = 0;
+      for (int64_t e = 0; e < E; ++e) sum += double(by_head[e * N + g]);
+      data<A>(losses)[g] = A(sum / double(E));
+    }
+  } else {
+    double sum = 0;
+    for (double total : totals) sum += total;
+    losses = scalar_tensor(A(sum / (double(E) * divisor)));
+  }
+  return {losses, scores, coef, dweight};
+}
+
 template <class T>
 Forward listwise_typed(
     const Tensor& hidden, const Tensor& weight, const Tensor& offsets, const Tensor& target,
@@ -385,15 +496,15 @@ Forward listwise_typed(
   FloatArg<A> group_weight = float_arg<A>(args.group_weight, "group_weight", N);
   check_finite(margin.data, M, "margin");
   check_finite(group_weight.data, N, "group_weight");
-  double divisor = double(std::max<int64_t>(counted, 1));
-  if (args.num_items) {
-    divisor = scalar_arg(*args.num_items, "num_items_in_batch");
-    TORCH_CHECK_VALUE(
-        divisor > 0 && std::isfinite(divisor), "num_items_in_batch must be > 0, got ", divisor);
-  }
+  double divisor = divisor_arg(args.num_items, counted, args.reduction);
   bool none = args.reduction == "none";
-  if (args.reduction != "mean") divisor = 1;
+  Listwise<A> loss{
+      off.view, best.view, soft.data, margin.data, group_weight.data,
+      args.temperature, args.label_smoothing, args.center_coef, divisor};
 
+  if (int64_t E = heads_of(weight); E > 1)
+    return listwise_heads<A>(
+        score_heads<T>(view, weight, args.bias, M, E, D), loss, N, none, args.needs_coef);
   WeightArg<A> w = weight_arg<A>(weight, D);
   bool needs_dweight = args.needs_dweight && !none;
   Tensor scores = at::detail::empty_cpu({M}, dtype_of<A>);
@@ -405,9 +516,7 @@ Forward listwise_typed(
   forward.hidden = view;
   forward.weight = w.data;
   forward.bias = args.bias ? A(bias_arg(*args.bias)) : A(0);
-  forward.loss = {
-      off.view, best.view, soft.data, margin.data, group_weight.data,
-      args.temperature, args.label_smoothing, args.center_coef, divisor};
+  forward.loss = loss;
   forward.N = N;
   forward.M = M;
   forward.D = D;
@@ -428,16 +537,9 @@ Forward listwise_fwd(
     double label_smoothing, double center_coef, std::string_view reduction, bool needs_coef,
     bool needs_dweight) {
   TORCH_CHECK_VALUE(
-      temperature > 0 && std::isfinite(temperature), "temperature must be > 0, got ", temperature);
-  TORCH_CHECK_VALUE(
       label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing must be in [0, 1], got ",
       label_smoothing);
-  TORCH_CHECK_VALUE(
-      center_coef >= 0 && std::isfinite(center_coef), "center_coef must be finite and >= 0, got ",
-      center_coef);
-  TORCH_CHECK_VALUE(
-      reduction == "mean" || reduction == "sum" || reduction == "none",
-      "reduction must be 'mean', 'sum' or 'none', got '", reduction, "'");
+  check_options(temperature, center_coef, reduction);
   Tensor h = hidden_arg(hidden);
   ListwiseArgs args{
       bias, rows, margin, group_weight, num_items, temperature, label_smoothing, center_coef,
@@ -448,6 +550,12 @@ Forward listwise_fwd(
 }
 
 // ---- rank1_bwd ---------------------------------------------------------------------------------
+
+void check_hidden_shape(at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(
+      (shape.size() == 2 || shape.size() == 3) && shape.back() > 0,
+      "hidden_shape must be (T, D) or (B, S, D) with D > 0, got ", shape);
+}
 
 // Row i of out gets scale[i]·mul·w: every row written once.
 template <class T>
@@ -584,14 +692,225 @@ std::tuple<Tensor, Tensor, Tensor> rank1_bwd(
     const OptTensor& rows, const OptTensor& hidden, const OptTensor& dweight_unit,
     at::IntArrayRef hidden_shape, ScalarType hidden_dtype, bool needs_dhidden,
     bool needs_dweight, bool needs_dbias, bool shift_invariant) {
-  TORCH_CHECK_VALUE(
-      (hidden_shape.size() == 2 || hidden_shape.size() == 3) && hidden_shape.back() > 0,
-      "hidden_shape must be (T, D) or (B, S, D) with D > 0, got ", hidden_shape);
+  check_hidden_shape(hidden_shape);
   Rank1Args args{
       offsets, rows, hidden, dweight_unit, hidden_shape, needs_dhidden, needs_dweight,
       needs_dbias, shift_invariant};
   return with_type(hidden_dtype, "hidden", [&](auto tag) {
     return rank1_typed<decltype(tag)>(grad, coef, weight, hidden_dtype, args);
+  });
+}
+
+// ---- heads_bwd ---------------------------------------------------------------------------------
+
+// scaleᵀ · hidden, (E, D). Tasks are columns by rows: few enough pieces of rows that their partial
+// sums, E·D numbers each, stay small beside hidden itself.
+template <class T>
+void sum_rows_heads(
+    const Rows<T>& hidden, const Acc<T>* scale, int64_t M, int64_t E, int64_t D, Acc<T>* out) {
+  using A = Acc<T>;
+  constexpr int64_t kColumns = 1024, kTasks = 64;
+  int64_t slices = (D + kColumns - 1) / kColumns, most = std::max<int64_t>(kTasks / slices, 1);
+  int64_t step = std::max<int64_t>((M + most - 1) / most, 16 * E);
+  int64_t pieces = std::max<int64_t>((M + step - 1) / step, 1);
+  std::unique_ptr<A[]> partial(pieces > 1 ? new A[pieces * E * D] : nullptr);
+  run_parallel(pieces * slices, [&](int64_t t) {
+    const T* pointers[kMaxBlock];
+    int64_t piece = t / slices, d = t % slices * kColumns, width = std::min(kColumns, D - d);
+    A* acc = (partial ? partial.get() + piece * E * D : out) + d;
+    std::unique_ptr<A[]> coef(new A[kMaxBlock * E]);
+    int64_t r = piece * step, end = std::min(M, r + step);
+    bool add = false;
+    do {
+      int64_t n = std::min(kMaxBlock, end - r), kept = 0;
+      hidden.pointers(r, n, pointers);
+      for (int64_t i = 0; i < n; ++i) {
+        const A* c = scale + (r + i) * E;
+        if (std::all_of(c, c + E, [](A x) { return x == 0; })) continue; // its row may be NaN
+        std::copy_n(c, E, coef.get() + kept * E);
+        pointers[kept++] = pointers[i] + d;
+      }
+      kernels<T>().accumulate_heads(pointers, coef.get(), kept, E, width, add, acc, D);
+      add = true;
+      r += n;
+    } while (r < end);
+  });
+  if (!partial) return;
+  std::vector<A> ones(pieces, A(1));
+  constexpr int64_t kSlice = 8192;
+  run_parallel((E * D + kSlice - 1) / kSlice, [&](int64_t s) {
+    std::vector<const A*> parts(pieces);
+    for (int64_t p = 0; p < pieces; ++p) parts[p] = partial.get() + p * E * D + s * kSlice;
+    int64_t width = std::min(kSlice, E * D - s * kSlice);
+    kernels<A>().accumulate(parts.data(), ones.data(), pieces, width, A(0), out + s * kSlice);
+  });
+}
+
+// Row i of out gets Σ_e scale[i, e]·w[e]: every row written once.
+template <class T>
+void write_rank_heads(
+    T* out, const Acc<T>* scale, int64_t rows, int64_t E, int64_t D, const Acc<T>* w) {
+  int64_t step = task_rows_heads(rows, D);
+  run_parallel((rows + step - 1) / step, [&](int64_t t) {
+    int64_t r = t * step, n = std::min(step, rows - r);
+    kernels<T>().rank_heads(out + r * D, scale + r * E, n, E, D, w);
+  });
+}
+
+struct HeadsArgs {
+  const OptTensor &rows, &hidden;
+  at::IntArrayRef hidden_shape;
+  bool needs_dhidden, needs_dweight, needs_dbias;
+};
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> heads_typed(
+    const Tensor& dscores, const Tensor& weight, ScalarType hidden_dtype, const HeadsArgs& args) {
+  using A = Acc<T>;
+  int64_t D = args.hidden_shape.back(), E = weight.size(0), M = dscores.size(0), count = 1;
+  for (size_t k = 0; k + 1 < args.hidden_shape.size(); ++k) count *= args.hidden_shape[k];
+  IndexArg rows = rows_arg(args.rows);
+  check_rows(rows, count, false);
+  TORCH_CHECK_VALUE(
+      M == (args.rows ? rows.size : count), "dscores has ", M, " rows for ",
+      args.rows ? rows.size : count, " candidates");
+  FloatArg<A> scale = float_arg<A>(dscores.reshape({-1}), "dscores", M * E);
+  WeightArg<A> w = weight_arg<A>(weight, D, E);
+
+  Tensor dhidden = at::detail::empty_cpu({0}, hidden_dtype);
+  Tensor dweight = at::detail::empty_cpu({0}, weight.scalar_type());
+  Tensor dbias = at::detail::empty_cpu({0}, dtype_of<A>);
+  if (args.needs_dhidden) {
+    dhidden = make_output(args.hidden_shape, hidden_dtype);
+    std::unique_ptr<A[]> by_row;
+    if (rows.view) {
+      by_row.reset(new A[count * E]());
+      for (int64_t i = 0; i < M; ++i)
+        std::copy_n(scale.data + i * E, E, by_row.get() + rows.view[i] * E);
+    }
+    write_rank_heads<T>(
+        data<T>(dhidden), by_row ? by_row.get() : scale.data, count, E, D, w.data);
+  }
+  if (args.needs_dweight) {
+    TORCH_CHECK_VALUE(args.hidden.has_value(), "dweight needs hidden");
+    Tensor h = hidden_arg(*args.hidden);
+    Rows<T> view = rows_view<T>(h, rows);
+    TORCH_CHECK_VALUE(
+        h.scalar_type() == hidden_dtype && h.size(-1) == D && view.count == count,
+        "hidden does not have the shape and dtype given");
+    std::unique_ptr<A[]> sum(new A[E * D]);
+    sum_rows_heads<T>(view, scale.data, M, E, D, sum.get());
+    dweight = narrowed<A>(sum.get(), A(1), weight);
+  }
+  if (args.needs_dbias) {
+    dbias = at::detail::empty_cpu({E}, dtype_of<A>);
+    for (int64_t e = 0; e < E; ++e) {
+      double sum = 0;
+      for (int64_t i = 0; i < M; ++i) sum += double(scale.data[i * E + e]);
+      data<A>(dbias)[e] = A(sum);
+    }
+  }
+  return {dhidden, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> heads_bwd(
+    const Tensor& dscores, const Tensor& weight, const OptTensor& rows, const OptTensor& hidden,
+    at::IntArrayRef hidden_shape, ScalarType hidden_dtype, bool needs_dhidden,
+    bool needs_dweight, bool needs_dbias) {
+  check_hidden_shape(hidden_shape);
+  check_cpu(dscores, "dscores");
+  TORCH_CHECK_VALUE(
+      weight.dim() == 2 && weight.size(0) > 1, "weight must have shape (E, D), E > 1, got ",
+      weight.sizes());
+  TORCH_CHECK_VALUE(
+      dscores.dim() == 2 && dscores.size(1) == weight.size(0), "dscores must have shape (M, ",
+      weight.size(0), "), got ", dscores.sizes());
+  HeadsArgs args{rows, hidden, hidden_shape, needs_dhidden, needs_dweight, needs_dbias};
+  return with_type(hidden_dtype, "hidden", [&](auto tag) {
+    return heads_typed<decltype(tag)>(dscores, weight, hidden_dtype, args);
+  });
+}
+
+// ---- plackett_luce_fwd, bradley_terry_fwd ------------------------------------------------------
+
+struct RankingArgs {
+  const Tensor &scores, &offsets, &ranks;
+  const OptTensor &extra, &group_weight, &num_items;
+  double temperature, center_coef;
+  std::string_view reduction;
+  bool needs_coef;
+};
+
+void check_ranks(const IndexArg& ranks, int64_t M) {
+  TORCH_CHECK_VALUE(
+      ranks.size == M, "ranks must have one entry for each of the ", M, " candidates, got ",
+      ranks.size);
+  for (int64_t i = 0; i < M; ++i)
+    TORCH_CHECK_VALUE(
+        ranks.view[i] >= -1, "ranks[", i, "] = ", ranks.view[i],
+        " must be 0 or more, or -1 for unranked");
+}
+
+// total: what adds up the losses of all groups.
+template <class A, class Total>
+std::tuple<Tensor, Tensor> ranking_typed(
+    const RankingArgs& args, const char* extra_name, Total&& total) {
+  check_options(args.temperature, args.center_coef, args.reduction);
+  TORCH_CHECK_VALUE(
+      args.scores.dim() == 1, "scores must be 1-dimensional, got shape ", args.scores.sizes());
+  int64_t M = args.scores.numel();
+  IndexArg off = index_arg(args.offsets, "offsets"), ranks = index_arg(args.ranks, "ranks");
+  int64_t N = off.size - 1;
+  check_offsets(off, M);
+  check_ranks(ranks, M);
+  FloatArg<A> scores = float_arg<A>(args.scores, "scores", M);
+  FloatArg<A> extra = float_arg<A>(args.extra, extra_name, M);
+  FloatArg<A> group_weight = float_arg<A>(args.group_weight, "group_weight", N);
+  check_finite(extra.data, M, extra_name);
+  check_finite(group_weight.data, N, "group_weight");
+  double divisor = divisor_arg(args.num_items, N, args.reduction);
+  bool none = args.reduction == "none";
+
+  Tensor coef = at::detail::empty_cpu({args.needs_coef ? M : 0}, dtype_of<A>);
+  Tensor losses = none ? at::detail::empty_cpu({N}, dtype_of<A>) : Tensor();
+  Ranking<A> ranking{
+      off.view, ranks.view, scores.data, extra.data, group_weight.data, N, args.temperature,
+      args.center_coef, divisor, data<A>(coef, args.needs_coef),
+      none ? data<A>(losses) : nullptr};
+  double sum = total(ranking);
+  return {none ? losses : scalar_tensor(A(sum / divisor)), coef};
+}
+
+template <class Total>
+std::tuple<Tensor, Tensor> ranking(
+    const RankingArgs& args, const char* extra_name, Total&& total) {
+  ScalarType dtype = args.scores.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype == ScalarType::Float || dtype == ScalarType::Double,
+      "scores must be float64 or float32, got ", dtype);
+  return dtype == ScalarType::Double ? ranking_typed<double>(args, extra_name, total)
+                                     : ranking_typed<float>(args, extra_name, total);
+}
+
+std::tuple<Tensor, Tensor> plackett_luce_fwd(
+    const Tensor& scores, const Tensor& offsets, const Tensor& ranks, const OptTensor& extra,
+    const OptTensor& group_weight, const OptTensor& num_items, double temperature,
+    double center_coef, std::string_view reduction, bool needs_coef) {
+  RankingArgs args{scores, offsets, ranks, extra, group_weight, num_items,
+                   temperature, center_coef, reduction, needs_coef};
+  return ranking(args, "position_weight", [](const auto& loss) {
+    return plackett_luce(loss, run_parallel);
+  });
+}
+
+std::tuple<Tensor, Tensor> bradley_terry_fwd(
+    const Tensor& scores, const Tensor& offsets, const Tensor& ranks, const OptTensor& extra,
+    const OptTensor& group_weight, const OptTensor& num_items, double temperature,
+    double center_coef, std::string_view reduction, bool needs_coef) {
+  RankingArgs args{scores, offsets, ranks, extra, group_weight, num_items,
+                   temperature, center_coef, reduction, needs_coef};
+  return ranking(args, "margin", [](const auto& loss) {
+    return bradley_terry(loss, active_isa.load()->beat, run_parallel);
   });
 }
 
@@ -637,6 +956,15 @@ TORCH_LIBRARY(fastrm_cpp, m) {
       "Tensor? hidden, Tensor? dweight_unit, SymInt[] hidden_shape, ScalarType hidden_dtype, "
       "bool needs_dhidden, bool needs_dweight, bool needs_dbias, bool shift_invariant) "
       "-> (Tensor dhidden, Tensor dweight, Tensor dbias)");
+  m.def(
+      "heads_bwd(Tensor dscores, Tensor weight, Tensor? rows, Tensor? hidden, "
+      "SymInt[] hidden_shape, ScalarType hidden_dtype, bool needs_dhidden, bool needs_dweight, "
+      "bool needs_dbias) -> (Tensor dhidden, Tensor dweight, Tensor dbias)");
+  for (std::string name : {"plackett_luce_fwd", "bradley_terry_fwd"})
+    m.def(name.append(
+        "(Tensor scores, Tensor offsets, Tensor ranks, Tensor? extra, Tensor? group_weight, "
+        "Tensor? num_items, float temperature, float center_coef, str reduction, "
+        "bool needs_coef) -> (Tensor loss, Tensor coef)").c_str());
   m.def("isas() -> str[]", &fastrm::isas);
   m.def("isa() -> str", &fastrm::isa);
   m.def("set_isa(str name) -> ()", &fastrm::set_isa);
@@ -647,10 +975,15 @@ TORCH_LIBRARY_IMPL(fastrm_cpp, CPU, m) {
   m.impl("score_fwd", &fastrm::score);
   m.impl("listwise_fwd", &fastrm::listwise_fwd);
   m.impl("rank1_bwd", &fastrm::rank1_bwd);
+  m.impl("heads_bwd", &fastrm::heads_bwd);
+  m.impl("plackett_luce_fwd", &fastrm::plackett_luce_fwd);
+  m.impl("bradley_terry_fwd", &fastrm::bradley_terry_fwd);
 }
 
 // The caller's autograd.Function differentiates; these ops never record anything themselves.
 TORCH_LIBRARY_IMPL(fastrm_cpp, Autograd, m) {
-  for (const char* op : {"score_fwd", "listwise_fwd", "rank1_bwd"})
+  for (const char* op :
+       {"score_fwd", "listwise_fwd", "rank1_bwd", "heads_bwd", "plackett_luce_fwd",
+        "bradley_terry_fwd"})
     m.impl(op, torch::CppFunction::makeFallthrough());
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 
 namespace fastrm {
 
@@ -44,6 +45,9 @@ inline int64_t block_rows(int64_t D, int64_t bytes) {
   constexpr int64_t kBlockBytes = 1 << 18;
   return std::clamp<int64_t>(kBlockBytes / (D * bytes), 8, kMaxBlock);
 }
+
+// Runs task(0) to task(n - 1), on any thread each.
+using Parallel = std::function<void(int64_t n, const std::function<void(int64_t)>& task)>;
 
 // Rows of one task: at most about 64 tasks, none too small to be worth a thread.
 inline int64_t task_rows(int64_t M, int64_t D) {

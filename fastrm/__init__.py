@@ -2,8 +2,22 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastrm.functional import listwise_loss, listwise_loss_from_scores, score
-from fastrm.groups import offsets_from_ids, offsets_from_sizes
+from fastrm.functional import (
+    bradley_terry_loss,
+    bradley_terry_loss_from_scores,
+    listwise_loss,
+    listwise_loss_from_scores,
+    plackett_luce_loss,
+    plackett_luce_loss_from_scores,
+    score,
+)
+from fastrm.groups import (
+    offsets_from_ids,
+    offsets_from_sizes,
+    position_weight_from_ranks,
+    target_from_labels,
+    target_from_scores,
+)
 
 if TYPE_CHECKING:
     from fastrm.model import load_reward_model
@@ -13,12 +27,19 @@ __version__ = "0.1.0"
 __all__ = [
     "RewardConfig",
     "RewardTrainer",
+    "bradley_terry_loss",
+    "bradley_terry_loss_from_scores",
     "listwise_loss",
     "listwise_loss_from_scores",
     "load_reward_model",
     "offsets_from_ids",
     "offsets_from_sizes",
+    "plackett_luce_loss",
+    "plackett_luce_loss_from_scores",
+    "position_weight_from_ranks",
     "score",
+    "target_from_labels",
+    "target_from_scores",
 ]
 # Looked up on first use: they need transformers, which the losses do not.
 _LAZY = {

@@ -57,6 +57,9 @@ groups: a number of candidates each, uniform (2 to 16), zipf (2 to 1000), giant 
 layout: packed (M, D); or of a (B, S, D) the rows gathered, or the last token of each sequence
 providers: clone (always measured), clone-huge, copy, smallest, fastrm-triton, fastrm-cpp,
   fastrm-torch, eager-segment, eager-padded, eager-loop; NAME+compile: the same under torch.compile
+loss: those beside listwise have eager-padded alone, and sentence-transformers' own if there is one;
+  ensemble is listwise with 8 heads
+results: benchmarks/results/DEVICE/SWEEP.jsonl in a checkout, else fastrm-bench/; or --output
 """
 BENCH_TRAIN_EXAMPLE = """\
 examples:
@@ -235,13 +238,14 @@ def _bench_options(parser: Parser) -> None:
         (point, "--dtype", str, "TYPE", "bf16, fp16 or fp32 (bf16)"),
         (point, "--groups", str, "KIND", "see below (8)"),
         (point, "--layout", str, "L", "packed, gathered or last (packed)"),
+        (point, "--loss", str, "L", "listwise, plackett_luce, bradley_terry, ensemble (listwise)"),
         (how, "--device", str, "DEVICE", "cpu or cuda (cuda where there is one)"),
         (how, "--threads", _positive, "N", "threads on a CPU"),
         (how, "--seconds", float, "S", "for a point and mode, but 10 rounds at least (3)"),
         (how, "--output", str, "F", "one file of JSON lines for all"),
     ):
         group.add_argument(option, type=kind, metavar=metavar, help=text)
-    sweep = "quick (the default), small, size, hidden, ragged, layout, costs or all"
+    sweep = "quick (the default), small, size, hidden, ragged, layout, losses, costs or all"
     what.add_argument("--sweep", nargs="+", metavar="NAME", help=sweep)
     what.add_argument("--providers", nargs="+", metavar="NAME", help="see below (all that run)")
     parser.set_defaults(seconds=3.0)
@@ -636,7 +640,9 @@ def _bench_train(args: argparse.Namespace) -> int:
         if args.threads:
             torch.set_num_threads(args.threads)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        command = shlex.join(["fastrm", *args.given])
+        # Where files lie on this machine is nothing to who reads the results.
+        given = [Path(a).name if Path(a).is_absolute() else a for a in args.given]
+        command = shlex.join(["fastrm", *given])
         with _quiet():
             rows, files = train.bench(settings, names, device, args.steps, output, command)
     except (ValueError, OSError) as e:

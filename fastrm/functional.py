@@ -1,23 +1,29 @@
 """The public functions: argument checks, then one dispatch to a backend.
 
-Letters: N groups, M candidates, T rows of hidden, D hidden size, K_n candidates of group n.
+`listwise_loss` with one head is fused with it: one pass over hidden. Every other loss is the scores
+and then a loss of those alone, and reads hidden once more for the weight gradient.
+
+Letters: N groups, M candidates, T rows of hidden, D hidden size, K_n candidates of group n,
+E heads, P pairs.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrm import backends, ops
-from fastrm.reference import listwise_loss_ref, score_ref
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_REDUCTIONS = ("mean", "sum", "none")
-IGNORE_INDEX = -100
+from fastrm import backends, checks, ops
+from fastrm.groups import group_of, group_sums, target_from_scores
+from fastrm.reference import (
+    bradley_terry_loss_ref,
+    listwise_loss_ref,
+    plackett_luce_loss_ref,
+    score_ref,
+)
 
 
 def listwise_loss(
@@ -26,11 +32,13 @@ def listwise_loss(
     bias: Tensor | None = None,
     *,
     offsets: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     rows: Tensor | None = None,
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     margin: Tensor | None = None,
+    teacher_scores: Tensor | None = None,
+    distillation_coef: float = 1.0,
     group_weight: Tensor | None = None,
     center_coef: float = 0.0,
     reduction: str = "mean",
@@ -41,30 +49,41 @@ def listwise_loss(
     """Listwise softmax cross entropy of a linear head over ragged groups, in one fused pass.
 
     With scores ``s_i = w·h_i + b``, logits ``z_i = (s_i + margin_i [i no target]) / temperature``
-    and the target distribution ``q`` of group n (smoothed to ``(1-ε) q + ε/K_n``)::
+    and the target distribution ``q`` of group n (smoothed to ``(1-ε) q + ε/K_n``):
 
         loss_n = group_weight_n · ( -Σ_i q_i log softmax(z)_i + center_coef · (2 · mean_i s_i)² )
 
     This is the top-one ListNet loss (Cao et al., 2007, eq. 5); with one positive and K = 2 it is
     the Bradley-Terry loss ``-log σ(s_best - s_other)`` of InstructGPT (Ouyang et al., 2022, eq. 1).
     The centring term is the auxiliary loss of Eisenstein et al. (2023), equal to TRL's
-    ``center_rewards_coefficient`` at K = 2.
+    ``center_rewards_coefficient`` at K = 2. Less the entropy of ``q``, which no parameter changes,
+    it is the Kullback-Leibler divergence ``KL(q ‖ softmax(z))``.
 
     Args:
         hidden: (T, D) or (B, S, D) float64/32/16 or bfloat16, any strides: hidden states.
-        weight: (D,) or (1, D) floating, the head.
-        bias: () or (1,) floating, or None. Its gradient is exactly 0 unless `center_coef` is set,
-            because the softmax does not see a shift.
+        weight: (D,) or (1, D) floating, the head; or (E, D), E heads, an ensemble: the loss is the
+            mean of theirs.
+        bias: () or (1,) floating, or (E,), or None. Its gradient is exactly 0 unless `center_coef`
+            is set, because the softmax does not see a shift.
         offsets: (N+1,) integer; candidates ``offsets[n]:offsets[n+1]`` form group n. Starts at 0,
             strictly increasing, ends at M. See `offsets_from_sizes`.
         target: (N,) integer, position of the best candidate inside its group, or -100 to leave
-            the group out; or (M,) floating, a distribution over each group (each sums to 1).
+            the group out, its teacher too; or (M,) floating, a distribution over each group (each
+            sums to 1): soft labels, several positives, ties. See `target_from_labels` and
+            `target_from_scores`. None, with `teacher_scores`: distillation alone.
         rows: (M,) integer, distinct: candidate i is row ``rows[i]`` of ``hidden.reshape(-1, D)``.
             None: row i.
         temperature: divides the logits; > 0.
         label_smoothing: ε in [0, 1], as in `torch.nn.functional.cross_entropy`.
         margin: (M,) floating, added to the scores of candidates that are not targets; detached.
+            With a teacher every candidate is a target, so the two exclude each other.
+        teacher_scores: (M,) floating, the scores of a teacher: adds ``distillation_coef`` times
+            the cross entropy of ``softmax(teacher_scores)`` (the distillation term of
+            FlagEmbedding; Hinton et al., 2015), which is not smoothed; detached. Divide them by a
+            temperature of theirs. Groups that are left out need finite scores here.
+        distillation_coef: weight of that term, > 0.
         group_weight: (N,) floating, multiplies each group's loss; the divisor does not see it.
+            Detached.
         center_coef: weight of the centring term, >= 0.
         reduction: "mean" over the groups not left out, "sum", or "none" for one loss a group.
         num_items_in_batch: the divisor of "mean", an int or 0-d tensor: the number of groups of
@@ -74,8 +93,8 @@ def listwise_loss(
 
     Returns:
         The loss, fp32 (fp64 for fp64 hidden): () or, for "none", (N,). With `return_scores`,
-        ``(loss, scores)`` with scores (M,) in the loss's dtype, detached. Differentiable once,
-        with respect to hidden, weight and bias.
+        ``(loss, scores)`` with scores (M,), or (M, E), in the loss's dtype, detached.
+        Differentiable once, by backend "torch" twice, with respect to hidden, weight and bias.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. On CPU values are
@@ -83,6 +102,14 @@ def listwise_loss(
             FASTRM_CHECK=1 is set: there a group with invalid input gives NaN.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
+    if teacher_scores is not None or target is None:
+        checks.head(hidden, weight, bias, rows)
+        checks.options(temperature, center_coef, reduction, label_smoothing)
+        target, group_weight, center_coef, num_items_in_batch = _with_teacher(
+            hidden, rows, offsets, target, label_smoothing, margin, teacher_scores,
+            distillation_coef, group_weight, center_coef, reduction, num_items_in_batch,
+        )  # fmt: skip
+        label_smoothing = 0.0
     # On the CPU every function called here counts: a small batch costs as much as ten of them.
     if backend in backends.CPU_IS_CPP and isinstance(hidden, Tensor) and hidden.is_cpu:
         name = "cpp"
@@ -93,29 +120,35 @@ def listwise_loss(
         # The operator checks everything itself; what it refuses is then said in the usual words.
         try:
             if num_items is not None:
-                num_items = _divisor(num_items, reduction, hidden.device)
+                num_items = checks.divisor(num_items, reduction, hidden.device)
             if temperature != 1.0 or label_smoothing or center_coef:
-                _check_options(temperature, label_smoothing, center_coef, reduction)
+                checks.options(temperature, center_coef, reduction, label_smoothing)
             loss, scores = backends.FUSED["cpp"].listwise_loss(
                 hidden, weight, bias, offsets, target, rows, margin, group_weight, num_items,
                 temperature, label_smoothing, center_coef, reduction,
             )  # fmt: skip
         except (TypeError, ValueError, RuntimeError):
-            num_items = _check(
+            num_items = _check_listwise(
                 hidden, weight, bias, offsets, target, rows, margin, group_weight, temperature,
                 label_smoothing, center_coef, reduction, num_items_in_batch,
             )  # fmt: skip
-            _check_values(hidden, offsets, target, rows, margin, group_weight, num_items)
+            _check_listwise_values(hidden, offsets, target, rows, margin, group_weight, num_items)
             raise
         return (loss, scores) if return_scores else loss
+    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] > 1:
+        return _two_passes(
+            listwise_loss_from_scores, hidden, weight, bias, rows, center_coef == 0,
+            return_scores, backend, offsets=offsets, target=target, temperature=temperature,
+            label_smoothing=label_smoothing, margin=margin, group_weight=group_weight,
+            center_coef=center_coef, reduction=reduction, num_items_in_batch=num_items_in_batch,
+        )  # fmt: skip
     groups = (offsets, target, rows, margin, group_weight)
     options = (temperature, label_smoothing, center_coef, reduction)
-    num_items = _check(hidden, weight, bias, *groups, *options, num_items_in_batch)
+    num_items = _check_listwise(hidden, weight, bias, *groups, *options, num_items_in_batch)
     if backends.check_values(hidden.device.type, name):
-        _check_values(hidden, *groups, num_items)
+        _check_listwise_values(hidden, *groups, num_items)
     if name == "torch":
-        # Added times 0, so that the gradient of a shift is 0 and not rounding noise.
-        shift = bias if bias is None or center_coef else bias.detach() + 0.0 * bias
+        shift = bias if bias is None or center_coef else _shift(bias)
         with torch.autocast(hidden.device.type, enabled=False):
             scores = score_ref(hidden, weight, shift, rows)
             loss = listwise_loss_ref(
@@ -135,22 +168,22 @@ def listwise_loss_from_scores(
     scores: Tensor,
     *,
     offsets: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     margin: Tensor | None = None,
+    teacher_scores: Tensor | None = None,
+    distillation_coef: float = 1.0,
     group_weight: Tensor | None = None,
     center_coef: float = 0.0,
     reduction: str = "mean",
     num_items_in_batch: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`listwise_loss` for trainers that already have the scores.
+    """`listwise_loss` of scores that are there already; its other arguments are the same.
 
     Args:
-        scores: (M,) floating, one score a candidate; used in fp32 at least.
-        offsets, target, temperature, label_smoothing, margin, group_weight, center_coef,
-        reduction, num_items_in_batch, backend: as in `listwise_loss`.
+        scores: (M,) floating, one score a candidate, or (M, E); used in fp32 at least.
 
     Returns:
         The loss, fp32 (fp64 for fp64 scores): () or (N,); differentiable with respect to scores.
@@ -158,16 +191,204 @@ def listwise_loss_from_scores(
     Raises:
         TypeError, ValueError, RuntimeError: as `listwise_loss`.
     """
-    _check_tensor("scores", scores, _FLOATS)
-    if scores.dim() != 1:
-        _refuse("scores", "have shape (M,)", tuple(scores.shape))
+    checks.scores(scores)
+    options: dict[str, Any] = dict(
+        offsets=offsets, target=target, temperature=temperature, label_smoothing=label_smoothing,
+        margin=margin, teacher_scores=teacher_scores, distillation_coef=distillation_coef,
+        group_weight=group_weight, center_coef=center_coef, reduction=reduction,
+        num_items_in_batch=num_items_in_batch, backend=backend,
+    )  # fmt: skip
+    if scores.dim() == 2:
+        return _mean_over_heads(listwise_loss_from_scores, scores, **options)
     # A head of one unit weight over hidden states of size 1: h·1 is exact.
     one = torch.ones(1, dtype=scores.dtype, device=scores.device)
-    return listwise_loss(
-        scores.unsqueeze(-1), one, offsets=offsets, target=target, temperature=temperature,
-        label_smoothing=label_smoothing, margin=margin, group_weight=group_weight,
-        center_coef=center_coef, reduction=reduction, num_items_in_batch=num_items_in_batch,
-        backend=backend,
+    return listwise_loss(scores.unsqueeze(-1), one, **options)
+
+
+def plackett_luce_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    offsets: Tensor,
+    ranks: Tensor,
+    position_weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    group_weight: Tensor | None = None,
+    center_coef: float = 0.0,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    return_scores: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Negative log-likelihood of each group's ranking under the Plackett-Luce model (ListMLE).
+
+    The best candidate is chosen from all, the second best from the rest, and so on. With logits
+    ``z = s / temperature`` and i over the ranked candidates:
+
+        loss_n = group_weight_n · ( Σ_i position_weight_i · ( log Σ_{j not above i} e^{z_j} - z_i )
+                                    + center_coef · (2 · mean_i s_i)² )
+
+    ListMLE (Xia et al., 2008, eq. 7); with `position_weight_from_ranks` its position-aware form,
+    p-ListMLE (Lan et al., 2014, eq. 6). Only the best ranked: `listwise_loss`. Candidates of equal
+    rank are not below each other and share their sum (Breslow, 1974). Arguments that are not named
+    here are those of `listwise_loss`.
+
+    Args:
+        ranks: (M,) integer, lower is better; only their order inside the group counts. -1:
+            unranked, below every ranked one and in no order: it takes part in the sums alone.
+        position_weight: (M,) floating, the weight of the position that candidate i holds; detached.
+
+    Returns:
+        As `listwise_loss`. "mean" divides by all N groups.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `listwise_loss`.
+    """
+    return _two_passes(
+        plackett_luce_loss_from_scores, hidden, weight, bias, rows, center_coef == 0,
+        return_scores, backend, offsets=offsets, ranks=ranks, position_weight=position_weight,
+        temperature=temperature, group_weight=group_weight, center_coef=center_coef,
+        reduction=reduction, num_items_in_batch=num_items_in_batch,
+    )  # fmt: skip
+
+
+def plackett_luce_loss_from_scores(
+    scores: Tensor,
+    *,
+    offsets: Tensor,
+    ranks: Tensor,
+    position_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    group_weight: Tensor | None = None,
+    center_coef: float = 0.0,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`plackett_luce_loss` of scores that are there already; its other arguments are the same.
+
+    Args:
+        scores: (M,) floating, one score a candidate, or (M, E); used in fp32 at least.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 scores): () or (N,); differentiable with respect to scores.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `listwise_loss`.
+    """
+    checks.scores(scores)
+    if scores.dim() == 2:
+        return _mean_over_heads(
+            plackett_luce_loss_from_scores, scores, offsets=offsets, ranks=ranks,
+            position_weight=position_weight, temperature=temperature, group_weight=group_weight,
+            center_coef=center_coef, reduction=reduction, num_items_in_batch=num_items_in_batch,
+            backend=backend,
+        )  # fmt: skip
+    return _ranking_loss(
+        "plackett_luce", plackett_luce_loss_ref, scores, offsets, ranks,
+        ("position_weight", position_weight), group_weight, temperature, center_coef, reduction,
+        num_items_in_batch, backend,
+    )  # fmt: skip
+
+
+def bradley_terry_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    offsets: Tensor,
+    ranks: Tensor | None = None,
+    pairs: Tensor | None = None,
+    margin: Tensor | None = None,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    group_weight: Tensor | None = None,
+    center_coef: float = 0.0,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    return_scores: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Bradley-Terry loss of every pair that a ranking orders, or of labelled pairs.
+
+    Over the P_n pairs of group n, i better than j:
+
+        loss_n = group_weight_n / P_n · Σ_(i, j) ( -log σ( (s_i - s_j - margin) / temperature )
+                                                   + center_coef · (s_i + s_j)² )
+
+    The mean over a prompt's pairs is InstructGPT's (Ouyang et al., 2022, eq. 1), margin and
+    centring are those of TRL's RewardTrainer. A group without a pair has loss 0 and counts.
+    Arguments that are not named here are those of `listwise_loss`.
+
+    Args:
+        ranks: (M,) integer, lower is better: every pair of a group whose ranks differ. -1:
+            unranked, below every ranked one and in no order.
+        pairs: (P, 2) integer instead of `ranks`: the better and the worse candidate of each
+            labelled pair, numbers from 0 to M - 1, both of one group.
+        margin: (M,) floating with `ranks`: that of candidate j in the pairs that it loses; (P,)
+            with `pairs`. Detached.
+
+    Returns:
+        As `listwise_loss`. "mean" divides by all N groups.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `listwise_loss`.
+    """
+    return _two_passes(
+        bradley_terry_loss_from_scores, hidden, weight, bias, rows, center_coef == 0,
+        return_scores, backend, offsets=offsets, ranks=ranks, pairs=pairs, margin=margin,
+        temperature=temperature, group_weight=group_weight, center_coef=center_coef,
+        reduction=reduction, num_items_in_batch=num_items_in_batch,
+    )  # fmt: skip
+
+
+def bradley_terry_loss_from_scores(
+    scores: Tensor,
+    *,
+    offsets: Tensor,
+    ranks: Tensor | None = None,
+    pairs: Tensor | None = None,
+    margin: Tensor | None = None,
+    temperature: float = 1.0,
+    group_weight: Tensor | None = None,
+    center_coef: float = 0.0,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`bradley_terry_loss` of scores that are there already; its other arguments are the same.
+
+    Args:
+        scores: (M,) floating, one score a candidate, or (M, E); used in fp32 at least.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 scores): () or (N,); differentiable with respect to scores.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `listwise_loss`.
+    """
+    checks.scores(scores)
+    if (ranks is None) == (pairs is None):
+        raise ValueError("bradley_terry_loss needs either ranks or pairs")
+    if pairs is not None:
+        checks.pairs(pairs, scores.device)
+    if scores.dim() == 2:
+        return _mean_over_heads(
+            bradley_terry_loss_from_scores, scores, offsets=offsets, ranks=ranks, pairs=pairs,
+            margin=margin, temperature=temperature, group_weight=group_weight,
+            center_coef=center_coef, reduction=reduction, num_items_in_batch=num_items_in_batch,
+            backend=backend,
+        )  # fmt: skip
+    if pairs is not None:
+        return _labelled_pairs(
+            scores, offsets, pairs, margin, group_weight, temperature, center_coef, reduction,
+            num_items_in_batch, backend,
+        )  # fmt: skip
+    return _ranking_loss(
+        "bradley_terry", bradley_terry_loss_ref, scores, offsets, ranks, ("margin", margin),
+        group_weight, temperature, center_coef, reduction, num_items_in_batch, backend,
     )  # fmt: skip
 
 
@@ -183,13 +404,13 @@ def score(
 
     Args:
         hidden: (T, D) or (B, S, D) floating: hidden states.
-        weight: (D,) or (1, D) floating, the head.
-        bias: () or (1,) floating, or None.
+        weight: (D,) or (1, D) floating, the head; or (E, D), E heads.
+        bias: () or (1,) floating, or (E,), or None.
         rows: (M,) integer, distinct rows of ``hidden.reshape(-1, D)``; None: all of them.
         backend: as in `listwise_loss`.
 
     Returns:
-        (M,) scores, fp32 (fp64 for fp64 hidden), differentiable once.
+        (M,) scores, or (M, E), fp32 (fp64 for fp64 hidden), differentiable once.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `listwise_loss`.
@@ -199,21 +420,235 @@ def score(
         try:
             return backends.FUSED["cpp"].score(hidden, weight, bias, rows)
         except (TypeError, ValueError, RuntimeError):
-            T, _ = _check_head(hidden, weight, bias, rows)
-            if rows is not None:
-                _check_rows(rows, T)
+            T, _ = checks.head(hidden, weight, bias, rows)
+            checks.rows_values(rows, T)
             raise
-    T, _ = _check_head(hidden, weight, bias, rows)
-    if rows is not None and backends.check_values(hidden.device.type, name):
-        _check_rows(rows, T)
+    T, _ = checks.head(hidden, weight, bias, rows)
+    if backends.check_values(hidden.device.type, name):
+        checks.rows_values(rows, T)
     if name == "torch":
         with torch.autocast(hidden.device.type, enabled=False):
             return score_ref(hidden, weight, bias, rows)
     return ops.score(hidden, weight, bias, rows)
 
 
+def _two_passes(
+    loss_from_scores: Callable[..., Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    rows: Tensor | None, shift_invariant: bool, return_scores: bool, backend: str | None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """A loss that knows its coefficients only when it has seen all scores of a group."""
+    if isinstance(bias, Tensor) and bias.dtype in checks.FLOATS and shift_invariant:
+        bias = _shift(bias)  # another dtype stays what it is, for score to refuse
+    scores = score(hidden, weight, bias, rows=rows, backend=backend)
+    loss = loss_from_scores(scores, backend=backend, **options)
+    return (loss, scores.detach()) if return_scores else loss
+
+
+def _shift(bias: Tensor) -> Tensor:
+    """A bias that the loss does not see: its gradient is 0, not rounding noise."""
+    return bias.detach() + 0.0 * bias
+
+
+def _mean_over_heads(
+    loss_from_scores: Callable[..., Tensor], scores: Tensor, *, offsets: Tensor, reduction: str,
+    num_items_in_batch: int | Tensor | None, **options: Any,
+) -> Tensor:  # fmt: skip
+    """The mean of E losses: E times as many groups."""
+    M, E = scores.shape
+    N = checks.offsets(offsets, scores.device)
+    starts = M * torch.arange(E, device=offsets.device)[:, None]
+    # The end stays the caller's, so that a wrong one is found.
+    end = (E - 1) * M + offsets[-1:].long()
+    each: dict[str, Any] = {"offsets": torch.cat([(starts + offsets[:-1]).flatten(), end])}
+    for name, x in options.items():
+        if isinstance(x, Tensor) and x.dim() == 1:
+            each[name] = x.repeat(E)
+        elif name == "pairs" and x is not None:
+            each[name] = (starts[:, :, None] + x).reshape(-1, 2)
+        else:
+            each[name] = x
+    divisor = checks.divisor(num_items_in_batch, reduction, scores.device)
+    if divisor is not None and backends.check_values(scores.device.type, "torch"):
+        checks.divisor_value(divisor)
+    how = "sum" if divisor is not None else reduction
+    try:
+        loss = loss_from_scores(scores.T.reshape(-1), reduction=how, **each)
+    except (TypeError, ValueError, RuntimeError):
+        # In the words for one head, which has what the caller passed.
+        loss_from_scores(scores[:, 0], offsets=offsets, reduction=reduction, **options)
+        raise
+    if reduction == "none":
+        return loss.view(E, N).mean(0)
+    if how == "mean":
+        return loss
+    return loss / E if divisor is None else loss / (E * divisor.detach().to(loss.dtype))
+
+
+def _ranking_loss(
+    name: str, reference: Callable[..., Tensor], scores: Tensor, offsets: Tensor, ranks: Any,
+    extra: tuple[str, Tensor | None], group_weight: Tensor | None, temperature: float,
+    center_coef: float, reduction: str, num_items_in_batch: int | Tensor | None,
+    backend: str | None,
+) -> Tensor:  # fmt: skip
+    """A loss of scores (M,) and ranks (M,), with one more number for each candidate."""
+    which, device = backends.choose(scores.device.type, backend), scores.device
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if which == "cpp":
+        # The operator checks everything itself; what it refuses is then said in the usual words.
+        if temperature != 1.0 or center_coef:  # it would take a tensor too
+            checks.options(temperature, center_coef, reduction)
+        try:
+            return getattr(backends.FUSED["cpp"], name)(
+                wide, offsets, ranks, extra[1], group_weight,
+                checks.divisor(num_items_in_batch, reduction, device), temperature, center_coef,
+                reduction,
+            )  # fmt: skip
+        except (TypeError, ValueError, RuntimeError):
+            _check_ranking(
+                wide, offsets, ranks, extra, group_weight, temperature, center_coef, reduction,
+                num_items_in_batch, values=True,
+            )  # fmt: skip
+            raise
+    num_items = _check_ranking(
+        wide, offsets, ranks, extra, group_weight, temperature, center_coef, reduction,
+        num_items_in_batch, values=backends.check_values(device.type, which),
+    )  # fmt: skip
+    groups = (offsets, ranks, _constant(extra[1]), _constant(group_weight), _constant(num_items))
+    options = (float(temperature), float(center_coef), reduction)
+    with torch.autocast(device.type, enabled=False):
+        if which == "torch":
+            return reference(wide, *groups, *options)
+        return ops.ranking_loss(name, wide, *groups, *options)
+
+
+def _check_ranking(
+    scores: Tensor, offsets: Tensor, ranks: Any, extra: tuple[str, Tensor | None],
+    group_weight: Tensor | None, temperature: float, center_coef: float, reduction: str,
+    num_items_in_batch: int | Tensor | None, values: bool,
+) -> Tensor | None:  # fmt: skip
+    """Everything about the arguments of `_ranking_loss`; returns the divisor as a tensor."""
+    M, device = scores.shape[0], scores.device
+    N = checks.offsets(offsets, device)
+    checks.tensor("ranks", ranks, checks.INTS)
+    checks.vector("ranks", ranks, M, "candidate", device, checks.INTS)
+    checks.vector(*extra, M, "candidate", device)
+    checks.vector("group_weight", group_weight, N, "group", device)
+    checks.options(temperature, center_coef, reduction)
+    num_items = checks.divisor(num_items_in_batch, reduction, device)
+    if values:
+        checks.offsets_values(offsets, M)
+        checks.ranks_values(ranks)
+        checks.finite(*extra)
+        checks.finite("group_weight", group_weight)
+        checks.divisor_value(num_items)
+    return num_items
+
+
+def _labelled_pairs(
+    scores: Tensor, offsets: Tensor, pairs: Tensor, margin: Tensor | None,
+    group_weight: Tensor | None, temperature: float, center_coef: float, reduction: str,
+    num_items_in_batch: int | Tensor | None, backend: str | None,
+) -> Tensor:  # fmt: skip
+    """Each pair is a group of two, which weighs as much as its group's mean gives it."""
+    device, M, P = scores.device, scores.shape[0], pairs.shape[0]
+    N = checks.offsets(offsets, device)
+    checks.vector("margin", margin, P, "pair", device)
+    checks.vector("group_weight", group_weight, N, "group", device)
+    checks.options(temperature, center_coef, reduction)
+    num_items = _constant(checks.divisor(num_items_in_batch, reduction, device))
+    if backends.check_values(device.type, "torch"):
+        checks.offsets_values(offsets, M)
+        checks.pairs_values(pairs, offsets)
+        checks.finite("margin", margin)
+        checks.finite("group_weight", group_weight)
+        checks.divisor_value(num_items)
+    pairs, ends = pairs.long().contiguous(), offsets[1:].long().contiguous()
+    groups = torch.searchsorted(ends, pairs, right=True)
+    wrong = (groups[:, 0] != groups[:, 1]) | (pairs[:, 0] == pairs[:, 1])
+    wrong = wrong | ((pairs < 0) | (pairs >= M)).any(1)
+    wrong = wrong | (offsets[0] != 0) | (offsets[-1] != M) | (offsets.long().diff() < 1).any()
+    group = groups[:, 0].clamp(max=max(N - 1, 0))
+    count = group.new_zeros(N).index_add(0, group, torch.ones_like(group))
+    each = 1 / count.to(torch.promote_types(scores.dtype, torch.float32))
+    if group_weight is not None:
+        each = each * group_weight.detach()
+    chosen = pairs.clamp(0, max(M - 1, 0)).flatten()
+    # The backward of x[i] is in a fixed order on CUDA, that of index_select on the CPU.
+    both = scores.index_select(0, chosen) if device.type == "cpu" else scores[chosen]
+    losses = listwise_loss_from_scores(
+        both, offsets=2 * torch.arange(P + 1, device=device), backend=backend,
+        target=torch.zeros(P, dtype=torch.int64, device=device), temperature=temperature,
+        margin=None if margin is None else torch.stack([margin, margin], 1).flatten(),
+        center_coef=center_coef, reduction="none",
+        group_weight=each.index_select(0, group).masked_fill(wrong, torch.nan),
+    )  # fmt: skip
+    if reduction == "none":
+        # As above: index_add is in a fixed order on the CPU, index_put on CUDA.
+        if device.type == "cpu":
+            return losses.new_zeros(N).index_add(0, group, losses)
+        return losses.new_zeros(N).index_put((group,), losses, accumulate=True)
+    loss = losses.sum()
+    return loss if reduction == "sum" else loss / (max(N, 1) if num_items is None else num_items)
+
+
+def _with_teacher(
+    hidden: Tensor, rows: Tensor | None, offsets: Tensor, target: Tensor | None,
+    label_smoothing: float, margin: Tensor | None, teacher_scores: Tensor | None,
+    distillation_coef: float, group_weight: Tensor | None, center_coef: float, reduction: str,
+    num_items_in_batch: int | Tensor | None,
+) -> tuple[Tensor, Tensor, float, int | Tensor | None]:  # fmt: skip
+    """Target, group weight, centring and divisor of the loss and `distillation_coef` times that of
+    the teacher: (1 + c) times the loss of a target between the two."""
+    if teacher_scores is None:
+        raise ValueError("target may be None only with teacher_scores")
+    if margin is not None:
+        raise ValueError("margin must be None with teacher_scores: every candidate is a target")
+    c = distillation_coef
+    if not (isinstance(c, int | float) and 0 < c < math.inf):
+        checks.refuse("distillation_coef", "be a finite number above 0", c)
+    M = hidden.shape[:-1].numel() if rows is None else len(rows)
+    N = checks.offsets(offsets, hidden.device)
+    checks.vector("teacher_scores", teacher_scores, M, "candidate", hidden.device)
+    checks.vector("group_weight", group_weight, N, "group", hidden.device)
+    if target is not None:
+        checks.target(target, M, N, hidden.device)
+    if backends.check_values(hidden.device.type, "torch"):
+        checks.offsets_values(offsets, M)
+        checks.finite("teacher_scores", teacher_scores)
+        if target is not None:
+            checks.target_values(target, offsets)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    teacher = target_from_scores(teacher_scores.detach().to(wide), offsets)
+    gw = teacher.new_ones(N) if group_weight is None else group_weight.detach().to(wide)
+    if target is None:
+        return teacher, gw * c, center_coef / c, num_items_in_batch
+    group, size = group_of(offsets, M), offsets.diff()
+    counted = torch.ones(N, dtype=torch.bool, device=target.device)
+    if target.dtype in checks.FLOATS:
+        q = target.detach().to(wide)
+        if target.dtype in (torch.bfloat16, torch.float16):  # its sum is as rounded as it is
+            q = q / group_sums(q, offsets).index_select(0, group).to(wide)
+    else:
+        target = target.long()
+        counted = target != checks.IGNORE_INDEX
+        wrong = counted & ((target < 0) | (target >= size))
+        gw = torch.where(counted, gw, 0).masked_fill(wrong, torch.nan)
+        position = torch.arange(M, device=offsets.device) - offsets[:-1].index_select(0, group)
+        # A group that is left out has some target, of weight 0.
+        best = torch.where(counted, target, 0)
+        q = (position == best.index_select(0, group)).to(wide)
+        if reduction == "mean" and num_items_in_batch is None:
+            num_items_in_batch = counted.sum().clamp(min=1)
+    if label_smoothing:
+        share = label_smoothing / size.index_select(0, group).to(wide)
+        q = (1 - label_smoothing) * q + share
+    q = torch.where(counted.index_select(0, group), (q + c * teacher) / (1 + c), q)
+    return q, gw * (1 + c), center_coef / (1 + c), num_items_in_batch
+
+
 def _device_type(hidden: Any) -> str:
-    _check_tensor("hidden", hidden, _FLOATS)
+    checks.tensor("hidden", hidden, checks.FLOATS)
     return hidden.device.type
 
 
@@ -221,194 +656,32 @@ def _constant(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.detach()
 
 
-def _refuse(name: str, expected: str, got: Any) -> NoReturn:
-    raise ValueError(f"{name} must {expected}, got {got}")
-
-
-def _check_tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in dtypes:
-        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} must have dtype {kinds}, got {x.dtype}")
-
-
-def _check_device(name: str, x: Tensor, device: torch.device) -> None:
-    if x.device != device:
-        _refuse(name, f"be on hidden's device {device}", x.device)
-
-
-def _check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
-) -> tuple[int, int]:
-    """Shapes, dtypes and devices of the head's arguments; returns T and D."""
-    _check_tensor("hidden", hidden, _FLOATS)
-    if hidden.dim() not in (2, 3) or hidden.shape[-1] == 0:
-        _refuse("hidden", "have shape (T, D) or (B, S, D) with D >= 1", tuple(hidden.shape))
-    D = hidden.shape[-1]
-    T = hidden.shape[0] if hidden.dim() == 2 else hidden.shape[0] * hidden.shape[1]
-    _check_tensor("weight", weight, _FLOATS)
-    if weight.shape != (D,) and weight.shape != (1, D):
-        _refuse("weight", f"have shape ({D},) or (1, {D}) to fit hidden", tuple(weight.shape))
-    _check_device("weight", weight, hidden.device)
-    if bias is not None:
-        _check_tensor("bias", bias, _FLOATS)
-        if bias.shape != () and bias.shape != (1,):
-            _refuse("bias", "have shape () or (1,)", tuple(bias.shape))
-        _check_device("bias", bias, hidden.device)
-    if rows is not None:
-        _check_tensor("rows", rows, _INTS)
-        if rows.dim() != 1:
-            _refuse("rows", "have shape (M,)", tuple(rows.shape))
-        _check_device("rows", rows, hidden.device)
-    return T, D
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    margin: Tensor | None,
-    group_weight: Tensor | None,
-    temperature: float,
-    label_smoothing: float,
-    center_coef: float,
-    reduction: str,
+def _check_listwise(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, target: Tensor,
+    rows: Tensor | None, margin: Tensor | None, group_weight: Tensor | None, temperature: float,
+    label_smoothing: float, center_coef: float, reduction: str,
     num_items_in_batch: int | Tensor | None,
-) -> Tensor | None:
+) -> Tensor | None:  # fmt: skip
     """Shapes, dtypes, devices and options; returns the divisor as a tensor."""
-    T, _ = _check_head(hidden, weight, bias, rows)
-    M, device = T if rows is None else rows.shape[0], hidden.device
-    _check_tensor("offsets", offsets, _INTS)
-    if offsets.dim() != 1 or offsets.shape[0] == 0:
-        _refuse("offsets", "have shape (N + 1,)", tuple(offsets.shape))
-    _check_device("offsets", offsets, device)
-    N = offsets.shape[0] - 1
-    _check_tensor("target", target, _INTS + _FLOATS)
-    _check_device("target", target, device)
-    if target.dtype in _FLOATS:
-        if target.shape != (M,):
-            _refuse("target", f"have shape ({M},) when floating, a candidate each",
-                    tuple(target.shape))  # fmt: skip
-    elif target.shape != (N,):
-        _refuse("target", f"have shape ({N},) when integer, a group each", tuple(target.shape))
-    for name, x, n, each in (("margin", margin, M, "candidate"),
-                             ("group_weight", group_weight, N, "group")):  # fmt: skip
-        if x is not None:
-            _check_tensor(name, x, _FLOATS)
-            if x.shape != (n,):
-                _refuse(name, f"have shape ({n},), a {each} each", tuple(x.shape))
-            _check_device(name, x, device)
-    _check_options(temperature, label_smoothing, center_coef, reduction)
-    return _divisor(num_items_in_batch, reduction, device)
+    _, M = checks.head(hidden, weight, bias, rows)
+    device = hidden.device
+    N = checks.offsets(offsets, device)
+    checks.target(target, M, N, device)
+    checks.vector("margin", margin, M, "candidate", device)
+    checks.vector("group_weight", group_weight, N, "group", device)
+    checks.options(temperature, center_coef, reduction, label_smoothing)
+    return checks.divisor(num_items_in_batch, reduction, device)
 
 
-def _check_options(
-    temperature: float, label_smoothing: float, center_coef: float, reduction: str
-) -> None:
-    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
-        _refuse("temperature", "be a finite number above 0", temperature)
-    if not (isinstance(label_smoothing, int | float) and 0 <= label_smoothing <= 1):
-        _refuse("label_smoothing", "be a number from 0 to 1", label_smoothing)
-    if not (isinstance(center_coef, int | float) and 0 <= center_coef < math.inf):
-        _refuse("center_coef", "be a finite number, 0 or more", center_coef)
-    if reduction not in _REDUCTIONS:
-        _refuse("reduction", 'be "mean", "sum" or "none"', repr(reduction))
-
-
-def _divisor(
-    num_items_in_batch: int | Tensor | None, reduction: str, device: torch.device
-) -> Tensor | None:
-    """What "mean" divides by, as a tensor; None: the number of groups not left out."""
-    if num_items_in_batch is None or reduction != "mean":
-        return None
-    if isinstance(num_items_in_batch, Tensor):
-        _check_tensor("num_items_in_batch", num_items_in_batch, _INTS + _FLOATS)
-        if num_items_in_batch.dim() != 0:
-            _refuse("num_items_in_batch", "be an int or a 0-d tensor",
-                    f"shape {tuple(num_items_in_batch.shape)}")  # fmt: skip
-        return num_items_in_batch.to(device)
-    if isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, int):
-        raise TypeError(
-            "num_items_in_batch must be an int or a 0-d tensor, "
-            f"got {type(num_items_in_batch).__name__}"
-        )
-    if not 1 <= num_items_in_batch < 2**63:
-        _refuse("num_items_in_batch", "be at least 1, and below 2^63", num_items_in_batch)
-    return torch.full((), num_items_in_batch, dtype=torch.int64, device=device)
-
-
-def _first(bad: Tensor) -> int:
-    return int(bad.nonzero()[0])
-
-
-def _check_rows(rows: Tensor, T: int) -> None:
-    rows = rows.long()
-    bad = (rows < 0) | (rows >= T)
-    if bad.any():
-        i = _first(bad)
-        _refuse(f"rows[{i}]", f"be from 0 to {T - 1}, a row of hidden", int(rows[i]))
-    seen, first = torch.unique(rows, return_inverse=True)
-    if seen.shape[0] != rows.shape[0]:
-        repeats = torch.bincount(first)[first] > 1
-        i = _first(repeats)
-        j = _first(repeats & (rows == rows[i]) & (torch.arange(len(rows), device=rows.device) > i))
-        raise ValueError(f"rows must be distinct, but rows[{i}] and rows[{j}] are {int(rows[i])}")
-
-
-def _check_values(
-    hidden: Tensor,
-    offsets: Tensor,
-    target: Tensor,
-    rows: Tensor | None,
-    margin: Tensor | None,
-    group_weight: Tensor | None,
-    num_items: Tensor | None,
-) -> None:
+def _check_listwise_values(
+    hidden: Tensor, offsets: Tensor, target: Tensor, rows: Tensor | None, margin: Tensor | None,
+    group_weight: Tensor | None, num_items: Tensor | None,
+) -> None:  # fmt: skip
     """Everything that needs the values; on a device this waits for it."""
-    T = math.prod(hidden.shape[:-1])
-    M, N = T if rows is None else rows.shape[0], offsets.shape[0] - 1
-    if int(offsets[0]) != 0:
-        _refuse("offsets[0]", "be 0", int(offsets[0]))
-    if int(offsets[N]) != M:
-        _refuse(f"offsets[{N}]", f"be {M}, the number of candidates", int(offsets[N]))
-    sizes = offsets.long().diff()
-    target = target if target.dtype in _FLOATS else target.long()
-    if (sizes < 1).any():
-        n = _first(sizes < 1)
-        raise ValueError(
-            f"offsets must increase, so that every group has a candidate, but offsets[{n}] is "
-            f"{int(offsets[n])} and offsets[{n + 1}] is {int(offsets[n + 1])}"
-        )
-    if target.dtype in _FLOATS:
-        bad = ~((target >= 0) & target.isfinite())
-        if bad.any():
-            i = _first(bad)
-            _refuse(f"target[{i}]", "be a probability, finite and 0 or more", float(target[i]))
-        group = torch.repeat_interleave(sizes, output_size=M)
-        total = torch.zeros(N, dtype=torch.float64, device=target.device)
-        total.index_add_(0, group, target.double())
-        slack = 2e-2 if target.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        if ((total - 1).abs() > slack).any():
-            n = _first((total - 1).abs() > slack)
-            raise ValueError(
-                f"target must be a distribution over each group, but that of group {n} sums to "
-                f"{float(total[n]):.6g}; expected 1"
-            )
-    else:
-        bad = ((target < 0) & (target != IGNORE_INDEX)) | (target >= sizes)
-        if bad.any():
-            n = _first(bad)
-            _refuse(f"target[{n}]", f"be from 0 to {int(sizes[n]) - 1}, a position inside its "
-                    f"group, or {IGNORE_INDEX}", int(target[n]))  # fmt: skip
-    for name, x in (("margin", margin), ("group_weight", group_weight)):
-        if x is not None and not x.isfinite().all():
-            i = _first(~x.isfinite())
-            _refuse(f"{name}[{i}]", "be finite", float(x[i]))
-    if num_items is not None and not num_items > 0:
-        _refuse("num_items_in_batch", "be above 0", num_items.item())
-    if rows is not None:
-        _check_rows(rows, T)
+    T = hidden.shape[:-1].numel()
+    checks.offsets_values(offsets, T if rows is None else rows.shape[0])
+    checks.target_values(target, offsets)
+    checks.finite("margin", margin)
+    checks.finite("group_weight", group_weight)
+    checks.divisor_value(num_items)
+    checks.rows_values(rows, T)

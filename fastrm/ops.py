@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastrm import backends
+from fastrm.groups import group_of
 
 
 def listwise_loss(
@@ -51,12 +52,10 @@ def score(
     return fused.score_fwd(hidden, weight, bias, rows)
 
 
-def _wants_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _wants_grad(*inputs: Tensor | None) -> bool:
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         return True  # so that forward mode is refused, not answered with no tangent
-    return torch.is_grad_enabled() and (
-        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 class _ListwiseLoss(torch.autograd.Function):
@@ -107,6 +106,49 @@ class _Score(torch.autograd.Function):
             grad, hidden, weight, rows, *ctx.needs_input_grad[:3]
         )
         return *_asked(ctx, grads, bias), None
+
+
+def ranking_loss(
+    name: str,  # plackett_luce or bradley_terry
+    scores: Tensor,  # (M,)
+    offsets: Tensor,  # (N + 1,)
+    ranks: Tensor,  # (M,)
+    extra: Tensor | None,  # (M,) position_weight or margin
+    group_weight: Tensor | None,  # (N,)
+    num_items: Tensor | None,  # ()
+    temperature: float,
+    center_coef: float,
+    reduction: str,
+) -> Tensor:
+    """Loss () or (N,) of scores."""
+    forward = getattr(backends.FUSED["triton"], f"{name}_fwd")
+    args = (scores, offsets, ranks, extra, group_weight, num_items)
+    options = (temperature, center_coef, reduction)
+    if _wants_grad(scores):
+        return _RankingLoss.apply(forward, *args, options)
+    return forward(*args, *options, False)[0]
+
+
+class _RankingLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, forward: Any, scores: Tensor, offsets: Tensor, ranks: Tensor,
+        extra: Tensor | None, group_weight: Tensor | None, num_items: Tensor | None,
+        options: tuple[float, float, str],
+    ) -> Tensor:  # fmt: skip
+        loss, coef = forward(
+            scores, offsets, ranks, extra, group_weight, num_items, *options, True
+        )
+        ctx.save_for_backward(coef, offsets)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_order()
+        coef, offsets = ctx.saved_tensors
+        if grad.dim():
+            grad = grad.index_select(0, group_of(offsets, len(coef)))
+        return None, grad * coef, *(None,) * 6
 
 
 def _refuse_second_order() -> None:

@@ -1,6 +1,6 @@
 """The Triton kernels as a fused backend: buffers, grids, launches; operators for torch.compile.
 
-Letters: N groups, M candidates, T rows of hidden, D hidden size, G programs.
+Letters: N groups, M candidates, T rows of hidden, D hidden size, E heads, G programs.
 """
 
 import math
@@ -9,12 +9,16 @@ from typing import Any, Optional
 
 import torch
 import triton.language as tl
-from fastrm_kernels import listwise, rows, score
+from fastrm_kernels import bradley_terry, groups, listwise, plackett_luce, rows, score
 from torch import Tensor
 
 BLOCK_C = 32  # columns of dweight a program adds up
 SLICES = 64  # most parts that a sum over programs is split into
 COUNTERS = 4096  # arrivals counted at once, a stream
+SMALL = rows.Tile(0, 0, 0, 4, 2)  # warps and registers of kernels that read no hidden states
+PAIRS = rows.Tile(0, 0, 0, 4, 3)  # of those that form pairs
+BLOCK_G = 512  # candidates, or groups, read together where scores alone are
+BLOCK_I, BLOCK_J = 16, 32  # candidates on either side of the pairs formed together
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -34,6 +38,14 @@ class TritonBackend:
 
     def score_bwd(self, *args: Any) -> list[Tensor]:
         return (_score_bwd_op if torch.compiler.is_compiling() else _score_bwd)(*args)
+
+    def plackett_luce_fwd(self, *args: Any) -> tuple[Tensor, Tensor]:
+        run = _plackett_luce_fwd_op if torch.compiler.is_compiling() else _plackett_luce_fwd
+        return run(*args)
+
+    def bradley_terry_fwd(self, *args: Any) -> tuple[Tensor, Tensor]:
+        run = _bradley_terry_fwd_op if torch.compiler.is_compiling() else _bradley_terry_fwd
+        return run(*args)
 
     def listwise_fwd(self, *args: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         run = _listwise_fwd_op if torch.compiler.is_compiling() else _listwise_fwd
@@ -89,8 +101,17 @@ _launch_score_fwd = _Launch(score._score_fwd_kernel)
 _launch_rank1 = _Launch(score._rank1_kernel)
 _launch_weighted_sum = _Launch(score._weighted_sum_kernel)
 _launch_sum_partials = _Launch(score._sum_partials_kernel)
+_launch_score_heads_fwd = _Launch(score._score_heads_fwd_kernel)
+_launch_inverse = _Launch(score._inverse_kernel)
+_launch_outer_heads = _Launch(score._outer_heads_kernel)
+_launch_weighted_sum_heads = _Launch(score._weighted_sum_heads_kernel)
 _launch_listwise_fwd = _Launch(listwise._listwise_fwd_kernel)
 _launch_listwise_bwd = _Launch(listwise._listwise_bwd_kernel)
+_launch_plackett_luce_below = _Launch(plackett_luce._plackett_luce_below_kernel)
+_launch_plackett_luce_finish = _Launch(plackett_luce._plackett_luce_finish_kernel)
+_launch_bradley_terry_pairs = _Launch(bradley_terry._bradley_terry_pairs_kernel)
+_launch_bradley_terry_finish = _Launch(bradley_terry._bradley_terry_finish_kernel)
+_launch_group_loss = _Launch(groups._group_loss_kernel)
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
@@ -109,6 +130,10 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def _heads(weight: Tensor) -> int:
+    return 1 if weight.dim() == 1 else weight.shape[0]
+
+
 def _acc(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -118,6 +143,7 @@ class _Head:
 
     def __init__(self, hidden: Tensor, weight: Tensor, chosen: Tensor | None) -> None:
         *batch, self.D = hidden.shape
+        self.E = _heads(weight)
         self.T = math.prod(batch)
         self.M = self.T if chosen is None else chosen.shape[0]
         if self.T >= rows.MOST or self.M >= rows.MOST:
@@ -155,18 +181,25 @@ def _score_fwd(
     hidden: Tensor, weight: Tensor, bias: Optional[Tensor], chosen: Optional[Tensor]  # noqa: UP045
 ) -> Tensor:
     head = _Head(hidden, weight, chosen)
-    scores = hidden.new_empty(head.M, dtype=_acc(hidden.dtype))
+    scores = _new_scores(hidden, weight, head.M)
     if head.M:
-        _launch_score_fwd(
+        many = head.E > 1
+        launch = _launch_score_heads_fwd if many else _launch_score_fwd
+        launch(
             head.G, hidden.device, (*head.key(), *_dtypes(bias, chosen)),
-            (head.hidden, head.weight, bias, head.chosen, scores, head.M, head.T, head.S,
-             head.per_program, head.stride_b, head.stride_s),
+            (head.hidden, head.weight, _contiguous(bias), head.chosen, scores, head.M, head.T,
+             head.S, head.per_program, *[head.E] * many, head.stride_b, head.stride_s),
             lambda: head.constants(
                 HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, **head.layout()
             ),
             head.tile,
         )  # fmt: skip
     return scores
+
+
+def _new_scores(hidden: Tensor, weight: Tensor, M: int) -> Tensor:
+    E = _heads(weight)
+    return hidden.new_empty((M, E) if E > 1 else (M,), dtype=_acc(hidden.dtype))
 
 
 def _score_bwd(
@@ -176,6 +209,12 @@ def _score_bwd(
     head = _Head(hidden, weight, chosen)
     grad = grad.contiguous()
     dhidden = dweight = dbias = grad.new_empty(0)
+    if head.E > 1:
+        return [
+            _outer_heads(head, grad, hidden) if needs_dhidden else dhidden,
+            _weighted_sum_heads(head, weight, grad) if needs_dweight else dweight,
+            grad.sum(0) if needs_dbias else dbias,
+        ]
     if needs_dhidden:
         make = torch.empty if chosen is None else torch.zeros
         dhidden = make(hidden.shape, dtype=hidden.dtype, device=hidden.device)
@@ -192,9 +231,29 @@ def _score_bwd(
     return [dhidden, dweight, dbias]
 
 
+def _outer_heads(head: _Head, coef: Tensor, hidden: Tensor) -> Tensor:
+    """Σ_e coef_ie w_e in the row of candidate i, 0 in the others; coef (M, E)."""
+    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    inverse = None
+    if head.chosen is not None and head.M:
+        inverse = head.chosen.new_empty(head.T, dtype=torch.int32)
+        _launch_inverse(
+            _blocks(head.M, BLOCK_G), hidden.device, _dtypes(head.chosen),
+            (head.chosen, inverse, head.M, head.T), lambda: dict(BLOCK=BLOCK_G), SMALL,
+        )  # fmt: skip
+    if head.M == 0:
+        return dhidden.zero_()
+    G, per_program = rows.split(head.T, head.tile, hidden.device)
+    _launch_outer_heads(
+        G, hidden.device, (*head.key(), *_dtypes(coef, head.chosen)),
+        (coef, head.weight, head.chosen, inverse, dhidden, head.M, head.T, per_program, head.E),
+        lambda: head.constants(HAS_ROWS=head.chosen is not None), head.tile,
+    )  # fmt: skip
+    return dhidden
+
+
 def _weighted_sum(head: _Head, weight: Tensor, coef: Tensor) -> Tensor:
     """Σ coef_i h_i, in weight's shape and dtype; coef (M,)."""
-    dweight = weight.new_empty(weight.shape)
     partial = coef.new_empty(head.G, head.D)
     key = (*head.key(), *_dtypes(coef, head.chosen))
     if head.M:
@@ -205,9 +264,37 @@ def _weighted_sum(head: _Head, weight: Tensor, coef: Tensor) -> Tensor:
             lambda: head.constants(HAS_ROWS=head.chosen is not None, **head.layout()),
             head.tile,
         )  # fmt: skip
+    return _sum_partials(head, weight, partial, key)
+
+
+def _weighted_sum_heads(head: _Head, weight: Tensor, coef: Tensor) -> Tensor:
+    """Σ_i coef_ie h_i, in weight's shape and dtype; coef (M, E)."""
+    t = rows.heads_tile(head.D, head.E)
+    parts = _blocks(head.D, t.D0) * _blocks(head.E, t.D1)
+    G, per_program = rows.split(head.M, t, weight.device, parts)
+    partial = coef.new_empty(G, head.E * head.D)
+    key = (head.E, *head.key(), *_dtypes(coef, head.chosen))
+    if head.M:
+        _launch_weighted_sum_heads(
+            G * parts, weight.device, key,
+            (head.hidden, coef, head.chosen, partial, head.M, head.T, head.S, per_program, G,
+             head.stride_b, head.stride_s),
+            lambda: dict(
+                D=head.D, E=head.E, BLOCK_E=t.D1, BLOCK_D=t.D0, UNROLL=t.BLOCK_M,
+                ACC=head.constants()["ACC"], HAS_ROWS=head.chosen is not None, **head.layout(),
+            ),
+            t,
+        )  # fmt: skip
+    return _sum_partials(head, weight, partial, key)
+
+
+def _sum_partials(head: _Head, weight: Tensor, partial: Tensor, key: tuple[Any, ...]) -> Tensor:
+    """The sum of the rows of partial (G, D) or (G, E·D), in weight's shape and dtype."""
+    dweight = weight.new_empty(weight.shape)
+    G, size = partial.shape
     _launch_sum_partials(
-        _blocks(head.D, BLOCK_C), weight.device, key, (partial, dweight, head.G),
-        lambda: dict(D=head.D, BLOCK_P=32, BLOCK_C=BLOCK_C, ACC=head.constants()["ACC"]), head.tile,
+        _blocks(size, BLOCK_C), weight.device, (size, *key), (partial, dweight, G),
+        lambda: dict(D=size, BLOCK_P=32, BLOCK_C=BLOCK_C, ACC=head.constants()["ACC"]), head.tile,
     )  # fmt: skip
     return dweight
 
@@ -361,6 +448,145 @@ def _gradients(
     ]
 
 
+def _plackett_luce_fwd(
+    scores: Tensor, offsets: Tensor, ranks: Tensor, position_weight: Optional[Tensor],  # noqa: UP045
+    group_weight: Optional[Tensor], num_items: Optional[Tensor], temperature: float,  # noqa: UP045
+    center_coef: float, reduction: str, needs_coef: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss () or (N,) and, where needed, its derivative by each score (M,)."""
+    scores, offsets, ranks, position_weight = _all_contiguous(
+        scores, offsets, ranks, position_weight
+    )
+    loss, coef = _ranking_outputs(scores, offsets, reduction, needs_coef)
+    M, N, device = scores.shape[0], offsets.shape[0] - 1, scores.device
+    if M == 0 or N == 0:
+        return _nothing_to_rank(loss, coef, M, N)
+    order = _order(offsets, ranks)
+    block, fan = rows.scan_blocks(device)
+    per_program = _blocks(_blocks(M, block), fan) * block
+    G = _blocks(M, per_program)
+    terms, below, stats, pieces = scores.new_empty(
+        3 * M + 3 * N + 8 * fan, dtype=torch.float64
+    ).split([M, 2 * M, 3 * N, 8 * fan])
+    after, before = pieces.split(4 * fan)
+    steps = N.bit_length()
+    key = (G == 1, reduction, needs_coef, *_dtypes(scores, offsets, ranks, position_weight))
+    inputs = (scores, offsets, ranks, position_weight, order)
+    sizes = (M, N, steps, per_program, G, temperature)
+    constants = dict(
+        HAS_POSITION_WEIGHT=position_weight is not None, ONE_PROGRAM=G == 1, BLOCK=block, FAN=fan
+    )
+    for final in (False, True) if G > 1 else (True,):
+        _launch_plackett_luce_below(
+            G, device, (final, *key), (*inputs, after, before, terms, below, *sizes),
+            lambda: constants | dict(FINAL=final, COEF=needs_coef), SMALL,  # noqa: B023
+        )  # fmt: skip
+    _group_loss(
+        terms, None, scores, offsets, ranks, group_weight, num_items, loss, stats, center_coef,
+        reduction,
+    )  # fmt: skip
+    if needs_coef or reduction != "none":
+        _launch_plackett_luce_finish(
+            1 + G * needs_coef, device, key,
+            (*inputs, before, below, stats, loss, coef, *sizes),
+            lambda: constants | dict(REDUCTION=reduction), SMALL,
+        )  # fmt: skip
+    return loss, coef
+
+
+def _bradley_terry_fwd(
+    scores: Tensor, offsets: Tensor, ranks: Tensor, margin: Optional[Tensor],  # noqa: UP045
+    group_weight: Optional[Tensor], num_items: Optional[Tensor], temperature: float,  # noqa: UP045
+    center_coef: float, reduction: str, needs_coef: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss () or (N,) and, where needed, its derivative by each score (M,)."""
+    scores, offsets, ranks, margin = _all_contiguous(scores, offsets, ranks, margin)
+    loss, coef = _ranking_outputs(scores, offsets, reduction, needs_coef)
+    M, N, device = scores.shape[0], offsets.shape[0] - 1, scores.device
+    if M == 0 or N == 0:
+        return _nothing_to_rank(loss, coef, M, N)
+    terms, slopes, stats = scores.new_empty(2 * M + 3 * N, dtype=torch.float64).split(
+        [M, M, 3 * N]
+    )
+    pairs = scores.new_empty(M, dtype=torch.int32)
+    steps = N.bit_length()
+    key = (needs_coef, reduction, *_dtypes(scores, offsets, ranks, margin))
+    _launch_bradley_terry_pairs(
+        _blocks(M, BLOCK_I), device, (center_coef != 0, *key),
+        (scores, offsets, ranks, margin, terms, pairs, slopes, M, N, steps, temperature,
+         center_coef),
+        lambda: dict(
+            HAS_MARGIN=margin is not None, CENTER=center_coef != 0, COEF=needs_coef,
+            BLOCK_I=BLOCK_I, BLOCK_J=BLOCK_J,
+        ),
+        PAIRS,
+    )  # fmt: skip
+    _group_loss(
+        terms, pairs, scores, offsets, ranks, group_weight, num_items, loss, stats, 0.0, reduction
+    )
+    if needs_coef or reduction != "none":
+        _launch_bradley_terry_finish(
+            1 + _blocks(M, BLOCK_G) * needs_coef, device, key,
+            (offsets, slopes, stats, loss, coef, M, N, steps),
+            lambda: dict(REDUCTION=reduction, BLOCK=BLOCK_G), SMALL,
+        )  # fmt: skip
+    return loss, coef
+
+
+def _group_loss(
+    terms: Tensor, pairs: Tensor | None, scores: Tensor, offsets: Tensor, ranks: Tensor,
+    group_weight: Tensor | None, num_items: Tensor | None, loss: Tensor, stats: Tensor,
+    center_coef: float, reduction: str,
+) -> None:  # fmt: skip
+    """Loss and weight of each group into stats, as groups.py describes."""
+    _launch_group_loss(
+        offsets.shape[0] - 1, scores.device,
+        (center_coef != 0, reduction,
+         *_dtypes(pairs, scores, offsets, ranks, group_weight, num_items)),
+        (terms, pairs, scores, offsets, ranks, _contiguous(group_weight), num_items, loss, stats,
+         scores.shape[0], offsets.shape[0] - 1, center_coef),
+        lambda: dict(
+            PAIRS=pairs is not None, CENTER=center_coef != 0,
+            HAS_GROUP_WEIGHT=group_weight is not None, HAS_NUM_ITEMS=num_items is not None,
+            REDUCTION=reduction, BLOCK=BLOCK_G,
+        ),
+        SMALL,
+    )  # fmt: skip
+
+
+def _all_contiguous(*tensors: Any) -> list[Any]:
+    return [_contiguous(x) for x in tensors]
+
+
+def _ranking_outputs(
+    scores: Tensor, offsets: Tensor, reduction: str, needs_coef: bool
+) -> tuple[Tensor, Tensor]:
+    M, N = scores.shape[0], offsets.shape[0] - 1
+    if M >= rows.MOST:
+        raise ValueError(f"at most {rows.MOST} candidates, got {M}")
+    return (
+        scores.new_empty((N,) if reduction == "none" else ()),
+        scores.new_empty(M if needs_coef else 0),
+    )
+
+
+def _nothing_to_rank(loss: Tensor, coef: Tensor, M: int, N: int) -> tuple[Tensor, Tensor]:
+    """No groups: 0; groups without candidates are invalid."""
+    if M > 0:
+        raise ValueError(f"offsets must end at the {M} candidates, got no group")
+    return loss.fill_(math.nan if N else 0.0), coef
+
+
+def _order(offsets: Tensor, ranks: Tensor) -> Tensor:
+    """Candidates by group and rank, the unranked last; whatever offsets hold, all of them once."""
+    group = torch.searchsorted(
+        offsets[1:].long(), torch.arange(ranks.shape[0], device=ranks.device), right=True
+    )
+    last = (ranks.long() - 1).masked_fill(ranks < 0, torch.iinfo(torch.int64).max)
+    order = last.argsort(stable=True)
+    return order.index_select(0, group.index_select(0, order).argsort(stable=True))
+
+
 def _arrivals(device: torch.device) -> Tensor:
     """Zeros that the last programs of each launch set back to zero; one set a stream."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -380,18 +606,34 @@ _listwise_fwd_op = torch.library.custom_op(
 _listwise_bwd_op = torch.library.custom_op(
     "fastrm_triton::listwise_bwd", _listwise_bwd, mutates_args=()
 )
+_plackett_luce_fwd_op = torch.library.custom_op(
+    "fastrm_triton::plackett_luce_fwd", _plackett_luce_fwd, mutates_args=()
+)
+_bradley_terry_fwd_op = torch.library.custom_op(
+    "fastrm_triton::bradley_terry_fwd", _bradley_terry_fwd, mutates_args=()
+)
+
+
+@_plackett_luce_fwd_op.register_fake
+@_bradley_terry_fwd_op.register_fake
+def _(
+    scores, offsets, ranks, extra, group_weight, num_items, temperature, center_coef, reduction,
+    needs_coef,
+):  # fmt: skip
+    return _ranking_outputs(scores, offsets, reduction, needs_coef)
 
 
 @_score_fwd_op.register_fake
 def _(hidden, weight, bias, chosen):
     M = math.prod(hidden.shape[:-1]) if chosen is None else chosen.shape[0]
-    return hidden.new_empty(M, dtype=_acc(hidden.dtype))
+    return _new_scores(hidden, weight, M)
 
 
 @_score_bwd_op.register_fake
 def _(grad, hidden, weight, chosen, needs_dhidden, needs_dweight, needs_dbias):
     needs = (needs_dhidden, needs_dweight, needs_dbias)
-    return _gradients(weight, grad, hidden.shape, hidden.dtype, 1.0, *needs)
+    dhidden, dweight, dbias = _gradients(weight, grad, hidden.shape, hidden.dtype, 1.0, *needs)
+    return [dhidden, dweight, grad.sum(0) if needs_dbias else dbias]
 
 
 @_listwise_fwd_op.register_fake

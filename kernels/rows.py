@@ -61,12 +61,28 @@ def sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def split(M: int, t: Tile, device: torch.device) -> tuple[int, int]:
-    """Programs G and rows per program: an even split of M rows, whatever the groups are."""
-    most = min(sm_count(device) * t.programs_per_sm, 4096)
+def scan_blocks(device: torch.device) -> tuple[int, int]:
+    """Numbers scanned together, and most programs; the interpreter scans one after the other."""
+    return (16, 4) if device.type == "cpu" else (512, 128)
+
+
+def split(M: int, t: Tile, device: torch.device, parts: int = 1) -> tuple[int, int]:
+    """Programs G and rows per program: an even split of M rows, whatever the groups are.
+
+    Where the columns are split into `parts`, each part has G programs.
+    """
+    most = max(min(sm_count(device) * t.programs_per_sm, 4096) // parts, 1)
     blocks = -(-M // t.BLOCK_M)
     per_program = max(-(-blocks // most), 1) * t.BLOCK_M
     return -(-M // per_program), per_program
+
+
+@lru_cache
+def heads_tile(D: int, E: int) -> Tile:
+    """D0 columns of D1 heads, which a program adds up over its rows, BLOCK_M on their way."""
+    heads = min(triton.next_power_of_2(E), 64)
+    resident = 4 if heads <= 16 else 2  # each thread holds the coefficients of all heads
+    return Tile(min(triton.next_power_of_2(D), 4096 // heads), heads, 4, 4, resident)
 
 
 def row_strides(hidden: Tensor) -> tuple[Tensor, int, int, int]:
@@ -141,12 +157,18 @@ def store_columns(ptr, values, LO: tl.constexpr, DC: tl.constexpr, D: tl.constex
 @triton.jit
 def store_outer(ptr, t, ok, coef, w, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr):
     """Rank-1 write: row t[i] gets coef[i] * w, rounded once."""
+    store_tile(ptr, t, ok, coef[:, None] * w[None, :], LO, DC, D)
+
+
+@triton.jit
+def store_tile(ptr, t, ok, values, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr):
+    """Row t[i] gets values[i] at columns LO.., rounded once."""
     cols = LO + tl.arange(0, DC)
     if LO + DC <= D:
         mask = ok[:, None]
     else:
         mask = ok[:, None] & (cols < D)[None, :]
-    out = (coef[:, None] * w[None, :]).to(ptr.dtype.element_ty)
+    out = values.to(ptr.dtype.element_ty)
     tl.store(ptr + t.to(tl.int64)[:, None] * D + cols[None, :], out, mask=mask)
 
 
@@ -165,8 +187,9 @@ def candidate_rows(rows_ptr, i, ok, T, HAS_ROWS: tl.constexpr):
 @triton.jit
 def load_index(ptr, ok, other):
     """Integers below 2^31, the size of a register less; what is out of range stays so."""
-    x = tl.load(ptr, mask=ok, other=other).to(tl.int64)
-    return tl.minimum(tl.maximum(x, -200), 2147483647).to(tl.int32)
+    x = tl.load(ptr, mask=ok, other=0).to(tl.int64)
+    x = tl.minimum(tl.maximum(x, -200), 2147483647).to(tl.int32)
+    return tl.where(ok, x, other)  # tl.load would cast it to ptr's type: 2^31 - 1 to -1 in int16
 
 
 @triton.jit

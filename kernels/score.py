@@ -1,6 +1,7 @@
 """Scores of chosen rows, and the two halves of any head's backward: rank-1 write, weighted sum.
 
-Letters: T rows of hidden, M candidates, D hidden size, G programs.
+The kernels named `heads` do the same for E heads, and read hidden once for all of them.
+Letters: T rows of hidden, M candidates, D hidden size, E heads, G programs.
 """
 
 import triton
@@ -9,10 +10,12 @@ from fastrm_kernels.rows import (
     candidate_rows,
     dot_rows,
     load_columns,
+    load_index,
     load_tile,
     row_start,
     store_columns,
     store_outer,
+    store_tile,
 )
 
 INTS = ["M", "T", "S", "per_program", "stride_b", "stride_s"]  # no reason to compile again
@@ -111,3 +114,122 @@ def _sum_partials_kernel(
         at = partial_ptr + p.to(tl.int64)[:, None] * D + cols[None, :]
         total += tl.sum(tl.load(at, mask=(p < G)[:, None] & in_d[None, :], other=0.0), axis=0)
     tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=in_d)
+
+
+@triton.jit(
+    do_not_specialize=[*INTS, "E"],
+    do_not_specialize_on_alignment=["bias_ptr", "rows_ptr", "scores_ptr"],
+)
+def _score_heads_fwd_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, rows_ptr, scores_ptr,
+    M, T, S, per_program, E, stride_b, stride_s,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
+    ACC: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, BATCHED: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * per_program
+    end = start + tl.minimum(per_program, M - start)
+    for block in range(start, end, BLOCK_M):
+        i = block + tl.arange(0, BLOCK_M)
+        ok = i < end
+        t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
+        at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
+        h0 = load_tile(hidden_ptr, at, found, 0, D0, D, ACC)  # stays in registers
+        if D1 > 0:
+            h1 = load_tile(hidden_ptr, at, found, D0, D1, D, ACC)
+        for e in range(E):
+            w = weight_ptr + tl.cast(e, tl.int64) * D
+            s = tl.sum(h0 * load_columns(w, 0, D0, D, ACC)[None, :], axis=1)
+            if D1 > 0:
+                s += tl.sum(h1 * load_columns(w, D0, D1, D, ACC)[None, :], axis=1)
+            if HAS_BIAS:
+                s += tl.load(bias_ptr + e).to(ACC)
+            out = tl.where(found, s, float("nan"))
+            tl.store(scores_ptr + i.to(tl.int64) * E + e, out, mask=ok)
+
+
+@triton.jit(
+    do_not_specialize=["M", "T"], do_not_specialize_on_alignment=["rows_ptr", "inverse_ptr"]
+)
+def _inverse_kernel(rows_ptr, inverse_ptr, M, T, BLOCK: tl.constexpr):
+    """inverse[rows[i]] = i; nothing clears the other places."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t, found = candidate_rows(rows_ptr, i, i < M, T, True)
+    tl.store(inverse_ptr + t, i, mask=found)
+
+
+@triton.jit(
+    do_not_specialize=["M", "T", "per_program", "E"],
+    do_not_specialize_on_alignment=["coef_ptr", "rows_ptr", "inverse_ptr"],
+)
+def _outer_heads_kernel(
+    coef_ptr, weight_ptr, rows_ptr, inverse_ptr, dhidden_ptr,
+    M, T, per_program, E,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
+    ACC: tl.constexpr, HAS_ROWS: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0) * per_program
+    end = start + tl.minimum(per_program, T - start)
+    for block in range(start, end, BLOCK_M):
+        t = block + tl.arange(0, BLOCK_M)
+        ok = t < end
+        if HAS_ROWS:
+            # An entry of inverse counts only if rows says so too.
+            i = tl.load(inverse_ptr + t, mask=ok, other=-1)
+            chosen = ok & (i >= 0) & (i < M)
+            chosen = chosen & (load_index(rows_ptr + i, chosen, -1) == t)
+        else:
+            i, chosen = t, ok
+        at = i.to(tl.int64) * E
+        out = _outer_heads(coef_ptr, weight_ptr, at, chosen, E, 0, D0, D, BLOCK_M, ACC)
+        store_tile(dhidden_ptr, t, ok, out, 0, D0, D)
+        if D1 > 0:
+            out = _outer_heads(coef_ptr, weight_ptr, at, chosen, E, D0, D1, D, BLOCK_M, ACC)
+            store_tile(dhidden_ptr, t, ok, out, D0, D1, D)
+
+
+@triton.jit
+def _outer_heads(
+    coef_ptr, weight_ptr, at, chosen, E, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, DC) columns LO.. of Σ_e coef_e w_e; 0 where nothing was chosen."""
+    out = tl.zeros((BLOCK_M, DC), ACC)
+    for e in range(E):
+        coef = tl.load(coef_ptr + at + e, mask=chosen, other=0.0).to(ACC)
+        w = load_columns(weight_ptr + tl.cast(e, tl.int64) * D, LO, DC, D, ACC)
+        out += tl.where(chosen[:, None], coef[:, None] * w[None, :], 0.0)
+    return out
+
+
+@triton.jit(
+    do_not_specialize=[*INTS, "G"], do_not_specialize_on_alignment=["coef_ptr", "rows_ptr"]
+)
+def _weighted_sum_heads_kernel(
+    hidden_ptr, coef_ptr, rows_ptr, partial_ptr,
+    M, T, S, per_program, G, stride_b, stride_s,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr, ACC: tl.constexpr, HAS_ROWS: tl.constexpr, BATCHED: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """A program adds up some rows, BLOCK_D columns and BLOCK_E heads: partial is (G, E, D)."""
+    g = tl.program_id(0) % G
+    cols = tl.program_id(0) // G % ((D + BLOCK_D - 1) // BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+    heads = tl.program_id(0) // G // ((D + BLOCK_D - 1) // BLOCK_D) * BLOCK_E
+    heads += tl.arange(0, BLOCK_E)
+    in_d, in_e = (cols < D)[None, :], (heads < E)[:, None]
+    total = tl.zeros((BLOCK_E, BLOCK_D), ACC)
+    start = g * per_program
+    end = start + tl.minimum(per_program, M - start)
+    for block in range(start, end, UNROLL):
+        for j in tl.static_range(UNROLL):  # so many loads are under way
+            i = block + j + tl.arange(0, 1)
+            ok = i < end
+            t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
+            at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)[:, None] + cols[None, :]
+            h = tl.load(hidden_ptr + at, mask=found[:, None] & in_d, other=0.0).to(ACC)
+            at = i.to(tl.int64)[None, :] * E + heads[:, None]
+            coef = tl.load(coef_ptr + at, mask=ok[None, :] & in_e, other=0.0).to(ACC)
+            total += coef * h
+    at = (tl.cast(g, tl.int64) * E + heads[:, None]) * D + cols[None, :]
+    tl.store(partial_ptr + at, total, mask=in_e & in_d)

@@ -1,6 +1,7 @@
 """The Triton kernels for GPUs that need not be here: compiled ahead of time, launched on a fake.
 
     python tests/aot.py sm_90,sm_80 bf16,fp32 384,4096 [FLAG=value ...] [+ another such line ...]
+    python tests/aot.py sm_90 bf16 384,4096 kernels=heads E=8    (kernels=small: no hidden states)
     python tests/aot.py launches
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import triton
-from fastrm_kernels import backend, listwise, rows, score
+from fastrm_kernels import backend, bradley_terry, groups, listwise, plackett_luce, rows, score
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -32,17 +33,29 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+KERNELS = {
+    "listwise": ("_listwise_fwd_kernel", "_listwise_bwd_kernel"),
+    "heads": ("_score_heads_fwd_kernel", "_outer_heads_kernel", "_weighted_sum_heads_kernel"),
+    "small": (
+        "_inverse_kernel", "_plackett_luce_below_kernel", "_plackett_luce_finish_kernel",
+        "_group_loss_kernel", "_bradley_terry_pairs_kernel", "_bradley_terry_finish_kernel",
+    ),
+}  # fmt: skip
+MODULES = (listwise, score, groups, plackett_luce, bradley_terry)
 POINTERS = {
     "offsets_ptr": "*i64", "target_ptr": "*i64", "rows_ptr": "*i64", "index_ptr": "*i32",
-    "arrived_ptr": "*i32", "num_items_ptr": "*i64",
-}  # fmt: skip
+    "arrived_ptr": "*i32", "num_items_ptr": "*i64", "inverse_ptr": "*i32", "ranks_ptr": "*i64",
+    "order_ptr": "*i64", "pairs_ptr": "*i32",
+} | dict.fromkeys(
+    ("terms_ptr", "slopes_ptr", "stats_ptr", "below_ptr", "after_ptr", "before_ptr"), "*fp64"
+)  # fmt: skip
 FLOATS = {"temperature": "fp64", "label_smoothing": "fp64", "center_coef": "fp64"}
 
 
 def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> tuple[Any, str]:
     """Kernel `name` for hidden size D and dtype ("bf16", "fp32", ...), and what ptxas said."""
-    kernel: Any = getattr(listwise, name, None) or getattr(score, name)
-    t = rows.tile(D, SIZES[dtype])
+    kernel: Any = next(vars(x)[name] for x in MODULES if name in vars(x))
+    t = tile(name, D, dtype, int(flags.get("E", 4)))
     acc = triton.language.float64 if dtype == "fp64" else triton.language.float32
     meta = dict(
         D=D, D0=t.D0, D1=t.D1, BLOCK_M=t.BLOCK_M, BLOCK_C=32, BLOCK_P=max(4 * t.num_warps, 8),
@@ -51,18 +64,28 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
         HAS_GROUP_WEIGHT=False, HAS_NUM_ITEMS=False, REDUCTION="mean", DWEIGHT=True,
         INVERSE=False, DHIDDEN=True, PARTIAL=True, SLICED=True, ZERO=True, COEF=False,
     )  # fmt: skip
+    if name in KERNELS["heads"]:
+        meta |= dict(E=4, BLOCK_E=t.D1, BLOCK_D=t.D0, UNROLL=t.BLOCK_M)
+    if name in KERNELS["small"]:
+        meta |= dict(
+            BLOCK=backend.BLOCK_G, FAN=128, BLOCK_I=backend.BLOCK_I, BLOCK_J=backend.BLOCK_J,
+            FINAL=True, COEF=True, CENTER=True, PAIRS=True, HAS_POSITION_WEIGHT=True,
+            HAS_MARGIN=True, HAS_GROUP_WEIGHT=True, HAS_NUM_ITEMS=True, HAS_ROWS=True,
+        )  # fmt: skip
     meta.update(flags)
     wide = "fp64" if dtype == "fp64" else "fp32"
     absent = {
         "margin_ptr": meta["HAS_MARGIN"], "group_weight_ptr": meta["HAS_GROUP_WEIGHT"],
         "rows_ptr": meta["HAS_ROWS"], "bias_ptr": meta["HAS_BIAS"], "dbias_ptr": meta["ZERO"],
-        "num_items_ptr": meta["HAS_NUM_ITEMS"], "sums_ptr": meta["SLICED"],
+        "num_items_ptr": meta["HAS_NUM_ITEMS"],
+        "position_weight_ptr": meta.get("HAS_POSITION_WEIGHT"),
+        "sums_ptr": meta["SLICED"],
         "coef_ptr": meta["COEF"] or "listwise" not in name,
     }  # fmt: skip
     signature, constants, attrs = {}, {}, {}
     for at, param in enumerate(kernel.params):
         arg = param.name
-        if arg in meta:
+        if param.is_constexpr:
             signature[arg], constants[(at,)] = "constexpr", meta[arg]
         elif not absent.get(arg, True):
             signature[arg], constants[(at,)] = "constexpr", None
@@ -84,6 +107,17 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
     return compiled, log.getvalue()
 
 
+def tile(name: str, D: int, dtype: str, E: int) -> rows.Tile:
+    """How kernel `name` is launched."""
+    if name == "_bradley_terry_pairs_kernel":
+        return backend.PAIRS
+    if name in KERNELS["small"]:
+        return backend.SMALL
+    if name == "_weighted_sum_heads_kernel":
+        return rows.heads_tile(D, E)
+    return rows.tile(D, SIZES[dtype])
+
+
 def resources(compiled: Any, log: str) -> dict[str, int]:
     """Registers, stack bytes, spilled bytes and static shared memory, as ptxas reported them."""
     found = {}
@@ -99,12 +133,14 @@ def resources(compiled: Any, log: str) -> dict[str, int]:
 
 
 def report(targets: str, dtypes: str, sizes: str, *flags: str) -> None:
-    """One JSON line for each target, dtype, hidden size and direction."""
+    """One JSON line for each target, dtype, hidden size and kernel."""
     words = {"True": True, "False": False}
-    options = {k: words.get(v, v) for k, v in (f.split("=") for f in flags)}
+    options: dict[str, Any] = {
+        k: int(v) if v.isdigit() else words.get(v, v) for k, v in (f.split("=") for f in flags)
+    }
+    names = KERNELS[options.pop("kernels", "listwise")]
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # from its cache Triton gives no log
-    names = ("_listwise_fwd_kernel", "_listwise_bwd_kernel")
     wanted = itertools.product(targets.split(","), dtypes.split(","), sizes.split(","), names)
     for target, dtype, D, name in wanted:
         compiled, log = compile_kernel(name, int(D), dtype, target, **options)
@@ -113,7 +149,7 @@ def report(targets: str, dtypes: str, sizes: str, *flags: str) -> None:
             line |= resources(compiled, log)
         else:
             line["binary"] = len(compiled.asm["hsaco"])
-        t = rows.tile(int(D), SIZES[dtype])
+        t = tile(name, int(D), dtype, options.get("E", 4))
         print(json.dumps(line | {"warps": t.num_warps, "programs": t.programs_per_sm}), flush=True)
 
 
@@ -195,6 +231,34 @@ def _problem(
     return both
 
 
+def _head_problem(gathered: bool = False, M: int = 64, D: int = 128, E: int = 3) -> Any:
+    """Forward and backward of the scores of E heads."""
+    hidden, weight = torch.zeros(4 * M, D), torch.zeros(E, D)
+    chosen = torch.arange(0, 4 * M, 4) if gathered else None
+    heads, grad = backend.TritonBackend(), torch.ones(M if gathered else 4 * M, E)
+
+    def both() -> None:
+        heads.score_fwd(hidden, weight, torch.zeros(E), chosen)
+        heads.score_bwd(grad, hidden, weight, chosen, True, True, True)
+
+    return both
+
+
+def _ranking_problem(
+    name: str, M: int = 64, extra: bool = False, center: float = 0.0, reduction: str = "mean",
+    needs_coef: bool = True,
+) -> Callable[[], None]:  # fmt: skip
+    """A loss of the scores of M candidates in pairs."""
+    forward = getattr(backend.TritonBackend(), f"{name}_fwd")
+    scores, offsets, ranks = torch.zeros(M), torch.arange(0, M + 1, 2), torch.arange(M)
+    more = torch.zeros(M) if extra else None
+
+    def run() -> None:
+        forward(scores, offsets, ranks, more, None, None, 1.0, center, reduction, needs_coef)
+
+    return run
+
+
 def _noted(run: Callable[[], None]) -> list[Any]:
     """What the launches of `run` hand to the launcher; of tensors, what a kernel sees of them."""
 
@@ -222,6 +286,7 @@ def launches() -> None:
     """Every cached launch hands over what Triton's own would; one JSON line of what that costs."""
     triton.runtime.driver.set_active(_FakeGPU())
     rows.sm_count = lambda device: 132
+    rows.scan_blocks = lambda device: (512, 128)
     plain = _problem()
     runs = {
         "plain": plain, "unaligned": _problem(shift=1), "again": plain, "strided": _problem(gap=8),
@@ -230,6 +295,14 @@ def launches() -> None:
         "fp32": _problem(dtype=torch.float32), "none": _problem(reduction="none"),
         "smoothed": _problem(smoothing=0.1), "centred": _problem(center=0.1),
         "no bias": _problem(bias=False), "wider": _problem(D=256),
+        "heads": _head_problem(), "heads gathered": _head_problem(True),
+        "more heads": _head_problem(E=5),
+        "ranking": _ranking_problem("plackett_luce"),
+        "longer ranking": _ranking_problem("plackett_luce", 5000, True, 0.1, "none"),
+        "ranking alone": _ranking_problem("plackett_luce", needs_coef=False),
+        "pairs": _ranking_problem("bradley_terry"),
+        "more pairs": _ranking_problem("bradley_terry", 5000, True, 0.1, "none"),
+        "pairs alone": _ranking_problem("bradley_terry", needs_coef=False),
     }  # fmt: skip
     cached = [x for x in vars(backend).values() if isinstance(x, backend._Launch)]
     for run in runs.values():
@@ -246,6 +319,8 @@ def launches() -> None:
     assert ours["more rows"][0][4] == ours["plain"][0][4]  # another M compiles nothing
 
     line: dict[str, Any] = {"triton": triton.__version__}
+    for name in ("heads", "heads gathered", "ranking", "longer ranking", "pairs", "pairs alone"):
+        line[name] = [call[4][0] for call in ours[name]]
     for name in ("plain", "gathered"):
         with _Operators() as operators:
             noted = _noted(runs[name])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -15,18 +16,27 @@ import problems as test_problems
 import pytest
 import torch
 from fastrm_benchmarks import check, measure, providers, run
-from fastrm_benchmarks.problems import DTYPES, Point, make_offsets, make_problem, sized, sweeps
+from fastrm_benchmarks.problems import (
+    DTYPES,
+    LOSSES,
+    Point,
+    make_offsets,
+    make_problem,
+    sized,
+    sweeps,
+)
 
 from fastrm import cli
 
 CPU = torch.device("cpu")
-HERE = [n for n in providers.PROVIDERS if providers.why_not(n, "cpu") is None]
+HERE = [n for n in providers.OF_LOSS["listwise"]
+        if n != "sentence-transformers" and providers.why_not(n, "cpu") is None]  # fmt: skip
 SMALL = Point(48, 96, "fp32", "uniform")
 
 
 def outcome(name, problem):
     """The errors of a provider and the verdict on them."""
-    loss = providers.provider(name)(*problem.inputs())
+    loss = providers.provider(name, problem.point.loss)(*problem.inputs())
     loss.backward(problem.grad)
     errors = check.errors(problem, loss, check.exact(problem))
     return errors, check.verdict(name, problem.point.dtype, errors)
@@ -39,6 +49,21 @@ def outcome(name, problem):
 def test_every_provider_gives_the_loss_and_its_gradients(name, dtype, groups, layout):
     errors, wrong = outcome(name, make_problem(Point(60, 104, dtype, groups, layout), CPU))
     assert wrong is None, errors
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("groups", ["2", "8", "uniform"])
+@pytest.mark.parametrize("layout", ["packed", "gathered"])
+def test_every_provider_and_peer_gives_every_loss(loss, groups, layout):
+    for name in providers.OF_LOSS[loss]:
+        if name == "fastrm-triton" or providers.why_not(name, "cpu") is not None:
+            continue
+        if name == "sentence-transformers" and groups == "uniform":
+            continue  # the mean of RankNet's pairs is that over the groups' if they are alike
+        for dtype in ("bf16", "fp32"):
+            point = Point(64, 104, dtype, groups, layout, loss)
+            errors, wrong = outcome(name, make_problem(point, CPU))
+            assert wrong is None, (name, errors)
 
 
 @pytest.mark.parametrize("name", ["fastrm-torch+compile"])
@@ -91,7 +116,7 @@ def crash(*inputs):
     ],
 )
 def test_a_wrong_provider_is_refused_and_not_timed(monkeypatch, broken, says):
-    monkeypatch.setitem(providers.PROVIDERS, "eager-padded", broken)
+    monkeypatch.setitem(providers.OF_LOSS["listwise"], "eager-padded", broken)
     names = ["eager-padded", "eager-segment"]
     rows = run.measure_point(SMALL, names, CPU, measure.CpuClock(), 0)
     (refused,) = (row for row in rows if row["provider"] == "eager-padded")
@@ -137,7 +162,8 @@ def test_groups_and_sweeps():
         assert offsets[0] == 0 and offsets[-1] == 1000 and (offsets.diff() > 0).all()
     for device in ("cpu", "cuda"):
         found = sweeps(device)
-        assert list(found) == ["quick", "small", "size", "hidden", "ragged", "layout", "costs"]
+        names = ["quick", "small", "size", "hidden", "ragged", "layout", "losses", "costs"]
+        assert list(found) == names
         most = max(p.hidden_bytes for points in found.values() for p in points)
         assert most == (2**32 if device == "cuda" else 2**30)
         assert all(len(set(points)) == len(points) for points in found.values())
@@ -182,6 +208,21 @@ def test_too_much_for_the_memory_is_skipped():
     assert row["skipped"].startswith("out of memory") and row["candidates"] == 10**9
 
 
+def test_a_peer_is_measured_where_its_lists_are_of_one_size():
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    name = "sentence-transformers"
+    for groups in ("8", "uniform"):
+        rows = run.measure_point(Point(64, 32, groups=groups), [name], CPU, measure.CpuClock(), 0)
+        (skipped,) = [r.get("skipped") for r in rows if r["provider"] == name][-1:]
+        assert (skipped is None) == (groups == "8"), rows
+    options = dict.fromkeys(
+        ("device", "threads", "providers", "candidates", "hidden_size", "dtype", "groups",
+         "layout", "loss")
+    )  # fmt: skip
+    plan, _ = run.choose(argparse.Namespace(sweep=["all"], seconds=1.0, **options))
+    assert {sweep for sweep, (_, names) in plan.items() if name in names} == {"losses"}
+
+
 def test_bench_writes_json_lines_that_the_report_turns_into_tables(tmp_path, capsys, monkeypatch):
     results = tmp_path / "benchmarks" / "results"
     tiny = {"small": [Point(64, 4096), Point(9, 64)], "size": [Point(8, 64), Point(16, 64)],
@@ -217,7 +258,7 @@ def test_bench_writes_json_lines_that_the_report_turns_into_tables(tmp_path, cap
 
 
 def test_failures_are_the_exit_code(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(providers.PROVIDERS, "eager-padded", wrong_loss)
+    monkeypatch.setitem(providers.OF_LOSS["listwise"], "eager-padded", wrong_loss)
     given = ["bench", "--candidates", "9", "--hidden-size", "32", "--dtype", "fp32"]
     given += ["--seconds", "0.01", "--output", str(tmp_path / "x.jsonl"), "--providers"]
     assert cli.main([*given, "eager-padded"]) == 1
@@ -311,6 +352,9 @@ def test_training_steps_agree_and_are_timed(
     for row in rows:
         assert row["groups"] == 40 and row["groups_per_s"] > 0, row
         assert (row["tokens"], row["tokens_once"]) == (40 * 2 * 8, 40 * (5 + 2 * 3))
+        once = row["provider"] in ("fastrm-shared", "fastrm-cached", "fastrm-auto")
+        assert row["tokens_computed"] == row["tokens_once" if once else "tokens"]
+        assert row["head_loss_s"] > 0
         # The same losses step after step: the same gradients and updates.
         assert row["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4)
     assert max(rows[0]["losses"]) - min(rows[0]["losses"]) > 0.01  # the weights did move

@@ -11,6 +11,7 @@ from problems import Problem, error, make, ragged_sizes
 
 import fastrm
 
+RANKINGS = [fastrm.plackett_luce_loss, fastrm.bradley_terry_loss]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -54,6 +55,101 @@ def test_no_synchronisation(gathered: bool) -> None:
         torch.autograd.grad(loss(), leaves, grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def ranking_step(
+    function: Any, sizes: list[int], D: int, E: int, dtype: torch.dtype = torch.float32
+) -> Callable[[], list[torch.Tensor]]:
+    """Loss and gradients of a loss of ranks, with E heads."""
+    g = torch.Generator("cuda").manual_seed(D)
+    M = sum(sizes)
+    offsets = fastrm.offsets_from_sizes(sizes).cuda()
+    ranks = torch.randint(-1, 50, (M,), generator=g, device="cuda")
+    hidden = torch.randn(M, D, generator=g, device="cuda").to(dtype).requires_grad_()
+    weight = (torch.randn(E, D, generator=g, device="cuda") / D**0.5).to(dtype).requires_grad_()
+    grad = torch.ones((), device="cuda")
+
+    def run(backend: str = "triton") -> list[torch.Tensor]:
+        loss = function(hidden, weight, offsets=offsets, ranks=ranks, backend=backend)
+        return [loss.detach(), *torch.autograd.grad(loss, [hidden, weight], grad)]
+
+    return run
+
+
+@pytest.mark.parametrize("E", [1, 4])
+@pytest.mark.parametrize("function", RANKINGS)
+def test_rankings_do_not_synchronise(function: Any, E: int) -> None:
+    run = ranking_step(function, ragged_sizes("zipf", 5000, torch.Generator()), 256, E)
+    first = run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("D", "E"), [(96, 3), (576, 16), (4096, 4), (5120, 2), (16384, 64)])
+def test_heads_as_accurate_as_eager_and_not_spilled(D: int, E: int, dtype: torch.dtype) -> None:
+    from fastrm_kernels import backend
+
+    g = torch.Generator("cuda").manual_seed(D)
+    hidden = torch.randn(700, D, generator=g, device="cuda").to(dtype)
+    weight = (torch.randn(E, D, generator=g, device="cuda") / D**0.5).to(dtype)
+    grad = torch.randn(300, E, generator=g, device="cuda", dtype=torch.float64)
+    chosen = torch.randperm(700, generator=g, device="cuda")[:300]
+
+    def run(name: str, wide: torch.dtype) -> list[torch.Tensor]:
+        leaves = [hidden.to(wide).requires_grad_(), weight.to(wide).requires_grad_()]
+        scores = fastrm.score(*leaves, rows=chosen, backend=name)
+        return [scores.detach(), *torch.autograd.grad(scores, leaves, grad.to(scores.dtype))]
+
+    exact, eager, ours = run("torch", torch.float64), run("torch", dtype), run("triton", dtype)
+    for times, got, theirs, x in zip((2, 3, 3), ours, eager, exact, strict=True):
+        unit = torch.finfo(got.dtype).eps
+        assert error(got, x) <= max(times * error(theirs, x), unit)
+    for launch in (backend._launch_score_heads_fwd, backend._launch_outer_heads,
+                   backend._launch_weighted_sum_heads):  # fmt: skip
+        assert launch.compiled
+        assert all(compiled.n_spills == 0 for compiled, _ in launch.compiled.values())
+
+
+@pytest.mark.parametrize("kind", ["giant", "fours", "zipf"])
+def test_big_rankings(kind: str) -> None:
+    """One ranking of 10^5, 10^5 rankings of 4, and both kinds together."""
+    from fastrm_kernels import backend
+
+    sizes = {"giant": [100_000], "fours": [4] * 100_000}.get(kind)
+    sizes = sizes or [50_000, *ragged_sizes("zipf", 50_000, torch.Generator())]
+    functions = RANKINGS[:1] if kind == "giant" else RANKINGS  # no time for 10^10 pairs
+    for function in functions:
+        if function is fastrm.bradley_terry_loss:
+            sizes = [min(k, 10_000) for k in sizes]
+        run = ranking_step(function, sizes, 8, 1, torch.float64)
+        got, exact = run(), run("torch")
+        assert all(error(a, b) < 1e-11 for a, b in zip(got, exact, strict=True))
+    for launch in (backend._launch_plackett_luce_below, backend._launch_plackett_luce_finish,
+                   backend._launch_group_loss, backend._launch_bradley_terry_pairs):  # fmt: skip
+        assert all(compiled.n_spills == 0 for compiled, _ in launch.compiled.values())
+
+
+@pytest.mark.parametrize("function", RANKINGS)
+def test_graph_replay_of_rankings_has_eager_bits(function: Any) -> None:
+    run = ranking_step(function, ragged_sizes("zipf", 3000, torch.Generator()), 128, 3)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    for x in got:
+        x.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("gathered", [False, True])

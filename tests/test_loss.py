@@ -119,6 +119,19 @@ def test_extreme_scores_keep_fp32_accuracy(backend: str, scale: float) -> None:
     assert error(got["dhidden"].cpu(), exact["dhidden"]) < 1e-5 * max(1, scale / 1e2)
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("base", [0.0, 1e4, 1e6])
+@pytest.mark.parametrize("K", [4, 3000])
+def test_a_shift_of_fp64_scores_costs_nothing(backend: str, base: float, K: int) -> None:
+    scores = torch.arange(K, dtype=torch.float64).mul_(-0.5)
+    scores[0] += 8
+    exact = F.cross_entropy(scores[None], torch.tensor([0]))
+    ours = fastrm.listwise_loss_from_scores(
+        scores + base, offsets=torch.tensor([0, K]), target=torch.tensor([0]), backend=backend
+    )
+    assert float((ours - exact).abs()) < 1e-14
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("soft", [False, True])
