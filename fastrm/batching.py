@@ -205,11 +205,16 @@ class ChunkingCollator:
 
 def _candidates(example: Example, start: int, end: int) -> Example:
     """Some candidates of a group, which is left out of the loss."""
-    types, margin = example["token_type_ids"], example["margin"]
+
+    def part(values: Any) -> Any:
+        return None if values is None else values[start:end]
+
     return {
         **example,
         "input_ids": example["input_ids"][start:end],
-        "token_type_ids": types and types[start:end],
-        "margin": None if margin is None else margin[start:end],
+        "token_type_ids": part(example["token_type_ids"]),
+        "margin": part(example["margin"]),
         "target": -100,
+        "ranks": part(example.get("ranks")),
+        "teacher_scores": part(example.get("teacher_scores")),
     }

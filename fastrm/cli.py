@@ -1,4 +1,4 @@
-"""The command line: `fastrm train | score | evaluate | bench | demo | env`.
+"""The command line: `fastrm train | score | evaluate | verify | data check | bench | demo | env`.
 
 transformers is imported inside the commands, so that help and mistakes answer at once.
 """
@@ -15,23 +15,52 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import fastrm
 from fastrm import backends
 from fastrm.data import DataError, read_rows
+from fastrm.formats import FORMATS
 from fastrm.packing import LayoutError
 
 ROW_FORMAT = """\
-data files: JSON lines, one group a line, with as many candidates as the group has
+data files: rows, one a group, with as many candidates as the group has, as JSON lines, .json,
+.csv or .parquet, or NAME or NAME:SPLIT of a dataset on the Hugging Face hub
   {"prompt": "2+2?", "candidates": ["5", "4", "22"], "best": 1}
   prompt and each candidate: text, or chat messages [{"role": ..., "content": ...}, ...]
   best: position of the best candidate, from 0; in its place there may be
     labels: a number of at least 0 for each candidate, the share it has in being best
     ranks: an integer for each candidate, the lowest is best, -1 is unranked
-  optional: weight, how much the group counts; margin, a number or one for each candidate
+  optional: weight, how much the group counts; margin, a number or one for each candidate;
+    teacher_scores, a number for each candidate
+rows of other libraries are known by their columns
+""" + "".join(f"  {f.name}: {f.columns}\n" for f in FORMATS[1:])
+DATA_CHECK_EXAMPLE = """\
+examples:
+  fastrm data check train.jsonl
+  fastrm data check train.jsonl --model HuggingFaceTB/SmolLM2-135M --max-length 512
+  fastrm data check my-team/preferences:test --output-dir checked
+
+of a train.jsonl with three rows, one of them wrong,
+  {"prompt": "2+2?", "candidates": ["5", "4", "22"], "best": 1}
+  {"prompt": "2+3?", "candidates": "5", "best": 0}
+  {"prompt": "Is 2 even?", "chosen": "Yes.", "rejected": "No."}
+the first prints
+  train.jsonl: 3 rows, 2 groups that can be used, 5 candidates
+  format      fastrm (1 row), TRL (1 row)
+  candidates          2  ############### 1 group
+                      3  ############### 1 group
+  characters     prompt  4 to 10, median 7, 99% have at most 10
+              candidate  1 to 4, median 2, 99% have at most 4
+  repeated    0 rows; 0 prompts with other candidates; candidates inside 0 groups
+  best        candidate 0 in 0.500 of the groups that have several
+  accuracy    0.417 by chance, 0.500 by taking the longest candidate
+  errors      1 row that cannot be used
+    train.jsonl:2: column 'candidates': expected a list of at least one candidate, got '5'
+
 """
 TRAIN_EXAMPLE = """\
 example:
@@ -79,6 +108,7 @@ INSTALLS = dict.fromkeys(
 
 log = logging.getLogger("fastrm")
 DEMO_STEPS = 140
+_TOKENIZER_FILES = ("tokenizer*", "*vocab*", "*.model", "merges.txt", "*.tiktoken")
 
 
 class UserError(Exception):
@@ -101,7 +131,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    0; 1 if `bench` found a wrong provider; 2 for a mistake in the input; 130 for Ctrl-C.
+    0; 1 if `bench` found a wrong provider, `data check` a row that cannot be used or `verify` a
+    reader that disagrees; 2 for a mistake in the input; 130 for Ctrl-C.
     """
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     arguments = [_kebab(a) for a in (sys.argv[1:] if argv is None else argv)]
@@ -165,27 +196,70 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         description='Write the rows back with "scores", the raw reward of each candidate, and '
         '"chosen", the\nposition of the highest. Rows need no "best". A group with a candidate too '
         "long for the\nmodel gets null.",
-        epilog="example:\n  fastrm score --model my-reward-model --input new.jsonl "
-        "--output scored.jsonl\n\n" + ROW_FORMAT,
+        epilog="examples:\n  fastrm score --model my-reward-model --input new.jsonl "
+        "--output scored.jsonl\n  fastrm score --model my-reward-model --input samples.jsonl "
+        "--best-of 4\n\n" + ROW_FORMAT,
     )
     score.add_argument("--input", required=True, metavar="F", help="rows; - is standard input")
     score.add_argument("--output", default="-", metavar="F", help="standard output if not given")
+    score.add_argument("--best-of", type=_positive, metavar="N", help="score the first N candidates"
+                       ' alone and write the best of them as "candidate", with its "score"')
+    score.add_argument("--normalize", action="store_true", help="write (reward - mean) / std, with "
+                       "those that evaluate --fit-normalization found")
     evaluate = sub.add_parser(
         "evaluate",
         help="accuracy of a trained model on a file of groups",
         description="Print how often the model scores the best candidate highest (in a tie of k at "
-        "the top the\nbest counts 1/k), beside a random choice and the longest candidate.",
-        epilog="example:\n  fastrm evaluate --model my-reward-model --file test.jsonl\n\n"
+        "the top the\nbest counts 1/k), beside a random choice and the longest candidate; MRR, and "
+        "nDCG where there\nare labels or ranks; the spread of the rewards, how far softmax "
+        "probabilities are from accuracy,\nand each number for every value of a column subset or "
+        "source. fastrm.evaluate.assess has the\ndefinitions.",
+        epilog="examples:\n  fastrm evaluate --model my-reward-model --file test.jsonl\n"
+        "  fastrm evaluate --model my-reward-model --file test.jsonl --output-dir report\n\n"
         + ROW_FORMAT,
     )
-    evaluate.add_argument("--file", required=True, metavar="F", help="groups, JSON lines")
+    evaluate.add_argument("--file", required=True, metavar="F", help="groups, see below")
     evaluate.add_argument("--json", metavar="F", help="also write the numbers to this file")
+    evaluate.add_argument("--output-dir", metavar="DIR",
+                          help="draw DIR/calibration.png and DIR/rewards.png")  # fmt: skip
+    evaluate.add_argument("--fit-normalization", action="store_true", help="keep mean and standard "
+                          "deviation of the rewards in the model's config.json")
+    verify = sub.add_parser(
+        "verify",
+        help="do all libraries give the rewards that fastrm gives?",
+        description="Score the same texts with fastrm, AutoModelForSequenceClassification, "
+        "transformers.pipeline and\nsentence-transformers' CrossEncoder, padded left and right, "
+        "alone and in batches, in fp32 and bf16,\nand say who differs, why, and what to do. The "
+        "exit code is 1 if any does by more than 1e-5 in\nfp32 (times the largest reward, where "
+        "that is above 1), padded on the tokenizer's own side.",
+        epilog="example:\n  fastrm verify --model my-reward-model --data test.jsonl\n\n"
+        + ROW_FORMAT,
+    )
+    verify.add_argument("--model", required=True, metavar="DIR", help="a trained model")
+    verify.add_argument("--data", metavar="F", help="rows, of which 32 are read (a few of our own)")
+    verify.add_argument("--output-dir", metavar="DIR", help="write DIR/verify.txt and .json")
+    verify.add_argument("--json", metavar="F", help="also write everything found to this file")
     for p in (score, evaluate):
         p.add_argument("--model", required=True, metavar="DIR", help="a trained model")
         batch, length = "groups at a time (16)", "tokens of a prompt with one candidate (model's)"
         p.add_argument("--batch-size", type=_positive, default=16, metavar="N", help=batch)
         p.add_argument("--max-length", type=_positive, metavar="N", help=length)
         p.add_argument("--layout", default="auto", metavar="L", help=f"{LAYOUTS} (auto)")
+    data = sub.add_parser(
+        "data",
+        help="look at a data file: fastrm data check FILE",
+        description="Look at data before training, see fastrm data check --help.",
+    )
+    kinds = data.add_subparsers(dest="kind", metavar="check", required=True, parser_class=Parser)
+    check = kinds.add_parser(
+        "check",
+        help="count, measure and find what is wrong",
+        description="Read every row and say what format it has, how many candidates and how long "
+        "they are, what is\nrepeated, whether position or length gives the best away, and each row "
+        "that cannot be used. The\nexit code is 1 if there is one.",
+        epilog=DATA_CHECK_EXAMPLE + ROW_FORMAT,
+    )
+    _data_check_options(check)
     demo = sub.add_parser(
         "demo",
         help="train a small model on text that every Python has",
@@ -220,11 +294,23 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     env = sub.add_parser("env", help="versions, devices, and which backend runs and why")
     commands = {"train": train}
     for p, run in (
-        (score, _score), (evaluate, _evaluate), (bench, _bench), (demo, _demo), (env, _env)
+        (score, _score), (evaluate, _evaluate), (verify, _verify), (check, _data_check),
+        (bench, _bench), (demo, _demo), (env, _env),
     ):  # fmt: skip
         p.set_defaults(run=run)
-        commands[p.prog.split()[-1]] = p
+        commands[p.prog.split()[1]] = p
     return parser, commands
+
+
+def _data_check_options(parser: Parser) -> None:
+    parser.add_argument("file", metavar="FILE", help="rows, see below")
+    for option, kind, metavar, text in (
+        ("--model", str, "M", "directory or hub name: count tokens with its tokenizer"),
+        ("--max-length", _positive, "N", "tokens of a prompt with one candidate (1024)"),
+        ("--output-dir", str, "DIR", "draw both histograms, DIR/data.png"),
+        ("--json", str, "F", "also write everything found to this file"),
+    ):
+        parser.add_argument(option, type=kind, metavar=metavar, help=text)
 
 
 def _bench_options(parser: Parser) -> None:
@@ -453,7 +539,9 @@ def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> Non
     found = _save(trainer, output, eval_rows, seconds, f"{Path(model_name).name} on {train_file}")
     if trainer.is_world_process_zero():
         if eval_file:
-            print(_report(found["eval"], f"on {eval_file}"))
+            from fastrm.evaluate import report
+
+            print(report(found["eval"], f"on {eval_file}"))
         print(f"saved to {output}: the model, metrics.json, training.png")
 
 
@@ -497,32 +585,28 @@ def _save(
     return found
 
 
-def _report(m: Mapping[str, float], where: str) -> str:
-    lines = [
-        f"accuracy: {m['accuracy']:.3f}  {where}, {m['n']} groups",
-        f"chance:   {m['chance']:.3f}  (a random candidate)",
-        f"longest:  {m['longest']:.3f}  (the longest candidate)",
-        f"loss:     {m['loss']:.4f}",
-        f"margin:   {m['margin']:.3f}  (reward of the best minus the highest of the others)",
-    ]
-    if m.get("left_out"):
-        lines.append(f"left out: {m['left_out']} groups with a candidate that does not fit")
-    return "\n".join(lines)
-
-
 def _score(args: argparse.Namespace) -> None:
-    from fastrm.evaluate import chosen, score_rows
+    from fastrm.evaluate import best_of_n, chosen, normalization, score_rows
 
     rows = read_rows("/dev/stdin" if args.input == "-" else args.input, labelled=False)
     if args.output != "-":
         _touch(Path(args.output))  # a mistake in the path shows before the work
     model, tokenizer = _trained(args.model)
+    try:
+        mean, std = normalization(model.config) if args.normalize else (0.0, 1.0)
+    except ValueError as e:
+        raise UserError(f"--normalize: {args.model}: {e}") from None
+    first = [{**row, "candidates": row["candidates"][: args.best_of]} for row in rows]
     with _quiet():
-        scores = score_rows(model, tokenizer, rows, **_scoring(args))
-    lines = [
-        _json({**row, "scores": s, "chosen": None if s is None else chosen(s)}) + "\n"
-        for row, s in zip(rows, scores, strict=True)
-    ]  # fmt: skip
+        raw = score_rows(model, tokenizer, first, **_scoring(args))
+    scores = [None if s is None else [(x - mean) / std for x in s] for s in raw]
+    lines = []
+    for row, s in zip(rows, scores, strict=True):
+        if args.best_of is None:
+            row = {**row, "scores": s, "chosen": None if s is None else chosen(s)}
+        else:
+            row = best_of_n(row, s, args.best_of)
+        lines.append(_json(row) + "\n")
     if args.output == "-":
         sys.stdout.writelines(lines)
         sys.stdout.flush()
@@ -530,21 +614,116 @@ def _score(args: argparse.Namespace) -> None:
         _write(Path(args.output), "".join(lines))
     left_out = sum(s is None for s in scores)
     note = f"; {left_out} have a candidate that does not fit and got null" if left_out else ""
+    if args.best_of and (fewer := sum(len(row["candidates"]) < args.best_of for row in rows)):
+        note += f"; {fewer} have fewer than {args.best_of} candidates"
     print(f"scored {len(rows)} groups{note}", file=sys.stderr)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from fastrm.evaluate import evaluate_rows
+    from fastrm.evaluate import assess, report, save_normalization, score_rows, scored
 
     rows = read_rows(args.file)
     if args.json:
         _touch(Path(args.json))
+    output = _directory(args.output_dir) if args.output_dir else None
+    if args.fit_normalization and not (Path(args.model) / "config.json").is_file():
+        raise UserError(f"--fit-normalization writes to the model's config.json: expected --model "
+                        f"to be a folder, got {args.model}")  # fmt: skip
     model, tokenizer = _trained(args.model)
     with _quiet():
-        found = evaluate_rows(model, tokenizer, rows, **_scoring(args))
-    print(_report(found, f"on {args.file}"))
+        kept, scores = scored(rows, score_rows(model, tokenizer, rows, **_scoring(args)))
+    found = {**assess(kept, scores), "left_out": len(rows) - len(kept)}
+    print(report(found, f"on {args.file}"))
     if args.json:
         _write(Path(args.json), json.dumps(found, indent=2) + "\n")
+    if output:
+        from fastrm.plots import calibration_plot, reward_plot
+
+        title = f"{Path(args.model).name} on {Path(args.file).name}"
+        calibration_plot(found["calibration"], output / "calibration.png", title=title)
+        reward_plot(kept, scores, output / "rewards.png", title=title)
+        print(f"written: {output / 'calibration.png'} {output / 'rewards.png'}")
+    if args.fit_normalization:
+        mean, std = found["rewards"]["mean"], found["rewards"]["std"]
+        try:
+            save_normalization(args.model, mean, std)
+        except (ValueError, OSError) as e:
+            raise UserError(f"--fit-normalization: {e}") from None
+        print(f"written: reward_mean {mean:.6g} and reward_std {std:.6g} to "
+              f"{Path(args.model) / 'config.json'}")  # fmt: skip
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from fastrm.verify import report, verify
+
+    rows = read_rows(args.data, labelled=False) if args.data else None
+    output = _directory(args.output_dir) if args.output_dir else None
+    if args.json:
+        _touch(Path(args.json))
+    _check_model(args.model)
+    path = Path(args.model)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise UserError(f"model {args.model}: an adapter, which not every reader loads: verify the "
+                        "merged model (merge_and_unload, save_pretrained)")  # fmt: skip
+    with _quiet():
+        try:
+            found = verify(args.model, rows)
+        except DataError:
+            raise
+        except _unloadable() as e:
+            raise UserError(f"cannot load model {args.model}: {_first_line(e)}") from None
+    print(report(found))
+    text = json.dumps(found, indent=2) + "\n"
+    if args.json:
+        _write(Path(args.json), text)
+    if output:
+        _write(output / "verify.json", text)
+        _write(output / "verify.txt", report(found) + "\n")
+    return int(not found["agree"])
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from fastrm.data_check import check_data, report
+
+    if args.max_length and not args.model:
+        raise UserError("--max-length counts tokens and so needs --model")
+    output = _directory(args.output_dir) if args.output_dir else None
+    if args.json:
+        _touch(Path(args.json))
+    options = _counting(args.model, args.max_length) if args.model else {}
+    with _quiet() if args.model else nullcontext():
+        found, lengths = check_data(args.file, progress=sys.stderr.isatty(), **options)
+    print(report(found))
+    if args.json:
+        _write(Path(args.json), json.dumps(found, indent=2) + "\n")
+    if output and lengths:
+        from fastrm.plots import data_plot
+
+        data_plot(
+            found["sizes"], lengths, output / "data.png", title=found["source"],
+            unit="tokens" if args.model else "characters", max_length=found.get("max_length"),
+        )  # fmt: skip
+        print(f"written: {output / 'data.png'}")
+    return int(bool(found["errors"]))
+
+
+def _counting(name: str, max_length: int | None) -> dict[str, Any]:
+    """How training would tokenise for a model, whose weights are not loaded."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from fastrm.model import is_encoder, set_pad_token, token_limit
+
+    _check_model(name)
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model: Any = SimpleNamespace(config=AutoConfig.from_pretrained(name))
+            trained = any("SequenceClassification" in a for a in model.config.architectures or ())
+            set_pad_token(model, tokenizer, keep=trained)
+        except (OSError, ValueError, KeyError) as e:
+            raise UserError(f"cannot load the tokenizer of {name}: {_first_line(e)}") from None
+    limit = token_limit(model, tokenizer, max_length or fastrm.RewardConfig.max_length)
+    return {"tokenizer": tokenizer, "max_length": limit, "pairs": is_encoder(model)}
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -683,15 +862,35 @@ def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
     """A model and its tokenizer from a directory or the hub."""
     from transformers import AutoTokenizer
 
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"model {name}: expected a directory with config.json")
+    _check_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = fastrm.load_reward_model(name, tokenizer=tokenizer, **kwargs)
-    except (OSError, ValueError, KeyError) as e:
+    except _unloadable() as e:
         raise UserError(f"cannot load model {name}: {_first_line(e)}") from None
     return model, tokenizer
+
+
+def _unloadable() -> tuple[type[Exception], ...]:
+    """What loading a model raises: RuntimeError where weights do not fit the config."""
+    from safetensors import SafetensorError
+
+    return OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError
+
+
+def _check_model(name: str) -> None:
+    """What transformers reports badly or not at all."""
+    path = Path(name)
+    if not path.exists():
+        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise UserError(f"model {name}: no such directory")
+        return
+    if not any((path / f).is_file() for f in ("config.json", "adapter_config.json")):
+        raise UserError(f"model {name}: expected a directory with config.json")
+    # Without these transformers makes an empty tokenizer, for which all words are unknown.
+    if not any(next(path.glob(f), None) for f in _TOKENIZER_FILES):
+        raise UserError(f"model {name}: expected the tokenizer's files beside config.json, such as "
+                        "tokenizer.json")  # fmt: skip
 
 
 def _trained(name: str) -> tuple[Any, Any]:
@@ -701,7 +900,10 @@ def _trained(name: str) -> tuple[Any, Any]:
     _check_backend(None)
     with _quiet():
         model, tokenizer = _load(name)
-    if not any("SequenceClassification" in a for a in model.config.architectures or ()):
+    adapted = getattr(model, "_hf_peft_config_loaded", False)  # with its head
+    if not adapted and not any(
+        "SequenceClassification" in a for a in model.config.architectures or ()
+    ):
         log.warning("%s has no trained head: its rewards are random", name)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
@@ -748,11 +950,11 @@ def _directory(name: str) -> Path:
 
 def _json(row: Mapping[str, Any]) -> str:
     """One line, readable in any script; escaped where a column holds what UTF-8 cannot."""
-    text = json.dumps(row, ensure_ascii=False)
+    text = json.dumps(row, ensure_ascii=False, default=str)  # Parquet has dates too
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return json.dumps(row)
+        return json.dumps(row, default=str)
     return text
 
 
@@ -773,4 +975,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first line of a message, or all of it where the sentence goes on."""
+    first = str(error).strip().partition("\n")[0]
+    return (first if first.endswith((".", "!")) else " ".join(str(error).split())) or type(
+        error
+    ).__name__

@@ -1,30 +1,25 @@
 """From rows to batches: read, check, tokenise once, collate ragged groups.
 
 A row is ``{"prompt": text or messages, "candidates": [text or messages, ...], "best": int}`` with
-optional ``weight``, ``margin``, and ``labels`` or ``ranks`` in place of ``best``.
-Letters: N groups, M candidates.
+``labels`` or ``ranks`` in place of ``best`` if you like, and optional ``weight``, ``margin`` and
+``teacher_scores``. Rows in other libraries' formats are converted to it, see `fastrm.formats`.
+Letters: N groups, M candidates, K candidates of a group.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastrm import formats
+from fastrm.formats import DataError, Row, is_number, is_text, numbers, refuse
 from fastrm.packing import Cost, plan
-
-Row = dict[str, Any]
-
-
-class DataError(ValueError):
-    """A row that cannot be used; the message says where, which column and what was expected."""
 
 
 class Example(TypedDict):
@@ -37,6 +32,8 @@ class Example(TypedDict):
     margin: np.ndarray | None  # (K,)
     weight: float | None
     cut: bool  # whether the prompt lost tokens at its left
+    ranks: NotRequired[np.ndarray | None]  # (K,) int64, lower is better, -1 unranked
+    teacher_scores: NotRequired[np.ndarray | None]  # (K,) fp32
 
 
 class Examples(list[Example]):
@@ -45,48 +42,33 @@ class Examples(list[Example]):
     dropped = 0
 
 
-def read_rows(path: str | Path, labelled: bool = True) -> list[Row]:
-    """Rows of a JSONL file, each checked; other columns are kept.
+def read_rows(source: str | Path, labelled: bool = True) -> list[Row]:
+    """Rows of a file or a dataset, each converted where need be and checked.
 
     Args:
-        path: one JSON object a line; blank lines are skipped.
+        source: a JSONL, JSON (a list of rows), CSV or Parquet file, or NAME or NAME:SPLIT of a
+            dataset on the Hugging Face hub (split train); rows in one of `fastrm.formats.FORMATS`.
+            A CSV cell holds text, or JSON for messages, lists and numbers.
         labelled: whether each row must say which candidate is best.
 
+    Returns:
+        The rows in fastrm's format; columns that it does not know are kept.
+
     Raises:
-        DataError: the file or a row cannot be used, "FILE:LINE: column 'x': expected ..., got ...".
+        DataError: the source or a row cannot be used, such as "FILE:LINE: column 'x': expected ...,
+            got ...".
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path}: expected UTF-8 text, got byte {e.object[e.start]:#04x} "
-                        f"at position {e.start}") from None  # fmt: skip
-    except OSError as e:
-        raise DataError(f"{path}: expected a JSONL file, got: {e.strerror}") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise DataError(f"{where}: expected a JSON object on one line, got broken JSON: "
-                            f"{e.msg} at character {e.colno}") from None  # fmt: skip
-        except (ValueError, RecursionError) as e:  # a number or a nesting beyond all use
-            raise DataError(f"{where}: expected a JSON object on one line, got: {e}") from None
-        _check_row(row, where, labelled)
-        rows.append(row)
+    rows = [to_row(raw, where, labelled) for where, raw in formats.load(source)]
     if not rows:
-        raise DataError(f"{path}: expected at least one row, got an empty file")
+        raise DataError(f"{source}: expected at least one row, got an empty file")
     return rows
 
 
 def check_rows(rows: Iterable[Any], source: str = "", labelled: bool = True) -> list[Row]:
-    """The same checks for a list or a `datasets.Dataset`.
+    """The same conversions and checks for a list or a `datasets.Dataset`.
 
     Args:
-        rows: the rows.
+        rows: the rows, in one of `fastrm.formats.FORMATS`.
         source: what to call them in an error, such as the argument's name.
         labelled: whether each row must say which candidate is best.
 
@@ -97,74 +79,58 @@ def check_rows(rows: Iterable[Any], source: str = "", labelled: bool = True) -> 
     if isinstance(rows, str | bytes | dict) or not hasattr(rows, "__len__"):
         raise DataError(f"{prefix}rows: expected a list of rows or a datasets.Dataset, "
                         f"got {type(rows).__name__}")  # fmt: skip
-    rows = list(rows)
-    for i, row in enumerate(rows):
-        _check_row(row, f"{prefix}row {i}", labelled)
-    if not rows:
+    found = [to_row(row, f"{prefix}row {i}", labelled) for i, row in enumerate(rows)]
+    if not found:
         raise DataError(f"{prefix}rows: expected at least one row, got none")
-    return rows
+    return found
 
 
-def _check_row(row: Any, where: str, labelled: bool) -> None:
-    def refuse(column: str, expected: str, value: Any = None) -> NoReturn:
-        got = repr(value) if column in row and value is not None else "nothing"
-        got = got if len(got) <= 80 else got[:77] + "..."
-        raise DataError(f"{where}: column '{column}': expected {expected}, got {got}")
+def to_row(raw: Any, where: str, labelled: bool = True) -> Row:
+    """One row, converted where need be and checked; one in fastrm's format comes back itself.
 
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object with columns 'prompt', 'candidates' and "
-                        f"'best', got {type(row).__name__}")  # fmt: skip
-    if not _is_text(row.get("prompt")):
-        refuse("prompt", "text or a list of messages {'role': text, 'content': text}",
-               row.get("prompt"))  # fmt: skip
+    Args:
+        raw: the row, or the `DataError` that reading it gave.
+        where: what to call it in an error.
+        labelled: whether it must say which candidate is best.
+
+    Raises:
+        DataError: "WHERE: column 'x': expected ..., got ...".
+    """
+    row = formats.convert(raw, where)
+    _check_row(row, where, labelled)
+    return row
+
+
+def _check_row(row: Row, where: str, labelled: bool) -> None:
+    formats.text(row, "prompt", where)
     candidates = row.get("candidates")
     if not isinstance(candidates, list) or not candidates:
-        refuse("candidates", "a list of at least one candidate", candidates)
+        refuse(where, "candidates", "a list of at least one candidate", candidates)
     K = len(candidates)
     for k, candidate in enumerate(candidates):
-        if not _is_text(candidate):
-            raise DataError(f"{where}: column 'candidates': expected text or a list of messages as "
-                            f"candidate {k}, got {repr(candidate)[:60]}")  # fmt: skip
-
-    def numbers(column: str, lowest: float, kind: type = float) -> list[Any]:
-        values = row[column]
-        fits = isinstance(values, list) and len(values) == K
-        if not fits or not all(_is_number(v, kind) and v >= lowest for v in values):
-            what = "integers" if kind is int else "finite numbers"
-            least = "" if lowest == -math.inf else f" of at least {lowest:g}"
-            refuse(column, f"{K} {what}{least}, one a candidate", values)
-        return values
-
+        if not is_text(candidate):
+            refuse(where, "candidates", f"text or a list of messages as candidate {k}", candidate)
     best = row.get("best")
-    if best is not None and not (_is_number(best, int) and 0 <= best < K):
-        refuse("best", f"an integer from 0 to {K - 1}, the position of the best candidate", best)
-    if row.get("labels") is not None and sum(numbers("labels", 0)) <= 0:
-        refuse("labels", "at least one number above 0", row["labels"])
-    if row.get("ranks") is not None and max(numbers("ranks", -1, int)) < 0:
-        refuse("ranks", "at least one rank of 0 or more (-1 is unranked)", row["ranks"])
+    if best is not None and not (is_number(best, int) and 0 <= best < K):
+        refuse(where, "best", f"an integer from 0 to {K - 1}, the position of the best candidate",
+               best)  # fmt: skip
+    if row.get("labels") is not None:
+        labels = numbers(row, "labels", K, where, 0)
+        if sum(labels) <= 0:
+            refuse(where, "labels", "at least one number above 0", labels)
+        if best is not None and labels[best] < max(labels):
+            refuse(where, "best", "a candidate of the largest of its labels", best)
+    if row.get("ranks") is not None and max(numbers(row, "ranks", K, where, -1, int)) < 0:
+        refuse(where, "ranks", "at least one rank of 0 or more (-1 is unranked)", row["ranks"])
     if labelled and all(row.get(c) is None for c in ("best", "labels", "ranks")):
-        refuse("best", f"an integer from 0 to {K - 1}, the position of the best candidate")
+        refuse(where, "best", f"an integer from 0 to {K - 1}, the position of the best candidate")
     weight, margin = row.get("weight"), row.get("margin")
-    if weight is not None and not (_is_number(weight, float) and weight >= 0):
-        refuse("weight", "a finite number of at least 0", weight)
-    if margin is not None and not _is_number(margin, float):
-        numbers("margin", -math.inf)
-
-
-def _is_text(value: Any) -> bool:
-    if isinstance(value, str):  # half of a surrogate pair, from text that was cut, is no text
-        return not any("\ud800" <= c <= "\udfff" for c in value)
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str)
-        and isinstance(m.get("content"), str) and _is_text(m["content"])
-        for m in value
-    )  # fmt: skip
-
-
-def _is_number(value: Any, kind: type) -> bool:
-    kinds = (int,) if kind is int else (int, float)
-    # The batches are fp32; NaN fails the comparison too.
-    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= 3.4e38
+    if weight is not None and not (is_number(weight, float) and weight >= 0):
+        refuse(where, "weight", "a finite number of at least 0", weight)
+    if margin is not None and not is_number(margin, float):
+        numbers(row, "margin", K, where)
+    if row.get("teacher_scores") is not None:
+        numbers(row, "teacher_scores", K, where)
 
 
 def row_target(row: Row) -> int | np.ndarray | None:
@@ -193,7 +159,7 @@ def tokenize_row(tokenizer: Any, row: Row, max_length: int | None, pairs: bool) 
     too long loses tokens at the left of the prompt, the same for every candidate of the group;
     never a part of a candidate.
     """
-    prompt, candidates, is_chat = _texts(tokenizer, row)
+    prompt, candidates, is_chat = row_texts(tokenizer, row)
     if pairs:
         tokens = _tokenize_pairs(tokenizer, prompt, candidates, max_length)
     else:
@@ -201,7 +167,7 @@ def tokenize_row(tokenizer: Any, row: Row, max_length: int | None, pairs: bool) 
     if tokens is None:
         return None
     input_ids, types, shared, cut = tokens
-    margin = row.get("margin")
+    margin, ranks, teacher_scores = map(row.get, ("margin", "ranks", "teacher_scores"))
     target = row_target(row)
     return Example(
         input_ids=input_ids,
@@ -211,6 +177,8 @@ def tokenize_row(tokenizer: Any, row: Row, max_length: int | None, pairs: bool) 
         margin=None if margin is None else np.broadcast_to(np.float32(margin), len(input_ids)),
         weight=row.get("weight"),
         cut=cut,
+        ranks=None if ranks is None else np.array(ranks, np.int64),
+        teacher_scores=None if teacher_scores is None else np.array(teacher_scores, np.float32),
     )
 
 
@@ -228,7 +196,7 @@ def tokenize_rows(
     return examples
 
 
-def _texts(tokenizer: Any, row: Row) -> tuple[str, list[str], bool]:
+def row_texts(tokenizer: Any, row: Row) -> tuple[str, list[str], bool]:
     """Prompt and candidates as text, and whether they come from the chat template."""
     prompt, candidates = row["prompt"], row["candidates"]
     if isinstance(prompt, str) and all(isinstance(c, str) for c in candidates):
@@ -318,9 +286,10 @@ class RaggedCollator:
     """A list of examples as one batch.
 
     The batch holds what the backbone reads, input_ids and what else its layout brings, and what
-    the loss reads: offsets (N + 1,), target (N,) or (M,), rows (M,) unless the model pools and the
-    layout is padded (candidate i is row `rows[i]` of the hidden states), and margin (M,) and
-    group_weight (N,) where a row has them.
+    the loss reads: offsets (N + 1,), target (N,) or (M,), ranks (M,) (those of the row, or that its
+    best or its labels give), rows (M,) unless the model pools and the layout is padded (candidate i
+    is row `rows[i]` of the hidden states), margin (M,) and group_weight (N,) where a row has them,
+    and teacher_scores (M,) where all have them.
 
     Args:
         pad_token_id: fills rows up.
@@ -356,6 +325,10 @@ class RaggedCollator:
             batch["group_weight"] = torch.tensor(
                 [1.0 if w is None else w for w in weights], dtype=torch.float32
             )
+        batch["ranks"] = torch.from_numpy(np.concatenate([_ranks(e) for e in examples]))
+        taught: list[Any] = [e.get("teacher_scores") for e in examples]
+        if all(t is not None for t in taught):
+            batch["teacher_scores"] = torch.from_numpy(np.concatenate(taught))
         return batch
 
 
@@ -363,6 +336,17 @@ def _targets(targets: Sequence[int | np.ndarray], sizes: Sequence[int]) -> Tenso
     """Positions (N,), or distributions (M,) as soon as one group has one."""
     if all(isinstance(t, int) for t in targets):
         return torch.tensor(targets)
-    one_hot = [np.eye(k, dtype=np.float32)[t] if isinstance(t, int) else t
+    # All 0 for one that is left out, -100: fit for scoring, refused by the loss.
+    one_hot = [(np.arange(k) == t).astype(np.float32) if isinstance(t, int) else t
                for t, k in zip(targets, sizes, strict=True)]  # fmt: skip
     return torch.from_numpy(np.concatenate(one_hot))
+
+
+def _ranks(example: Example) -> np.ndarray:
+    """Ranks (K,): given; or the best before all others; or the larger share first, 0 unranked."""
+    given, target = example.get("ranks"), example["target"]
+    if given is not None:
+        return given
+    if isinstance(target, int):
+        return np.where(np.arange(len(example["input_ids"])) == target, 0, -1)
+    return np.where(target > 0, np.unique(-target, return_inverse=True)[1], -1)

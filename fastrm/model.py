@@ -25,25 +25,30 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from fastrm.functional import listwise_loss, score
-from fastrm.packing import GROUP_KEYS
+from fastrm import functional
 
+# The losses that a trainer can take, and what of a batch they read.
+LOSSES: Mapping[str, tuple[str, ...]] = {
+    "listwise": ("offsets", "target", "margin", "teacher_scores", "group_weight"),
+    "plackett_luce": ("offsets", "ranks", "group_weight"),
+    "bradley_terry": ("offsets", "ranks", "margin", "group_weight"),
+}
 _WHERE = ("revision", "subfolder", "token", "cache_dir")  # arguments that say which file
 
 
 @dataclass
 class HeadResult:
-    """What the head computed inside `listwise`, `scoring` or `reading`."""
+    """What the head computed inside `fitting`, `scoring` or `reading`."""
 
     hidden: Tensor = field(init=False)  # (M, D), by `reading` alone
     scores: Tensor = field(init=False)  # (M,) fp32
-    loss: Tensor = field(init=False)  # () or (N,), by `listwise` alone
+    loss: Tensor = field(init=False)  # () or (N,), by `fitting` alone
 
 
 class RewardHead(nn.Linear):
     """The scalar head of a reward model: `nn.Linear(D, 1)` with fp32 scores.
 
-    Inside ``with head.listwise(batch) as result:`` its forward is the fused loss over the
+    Inside ``with head.fitting(batch) as result:`` its forward is the fused loss over the
     candidates' rows instead, and the model's own forward, wrapped in whatever way, carries the loss
     out as its logits. So the head never runs over all tokens and no model needs code of its own.
     Where a batch takes several forwards (`fastrm.packing.run`), the last one brings the loss.
@@ -52,28 +57,31 @@ class RewardHead(nn.Linear):
     _instead: Callable[[Tensor], Tensor] | None = None
 
     @contextmanager
-    def listwise(
-        self, batch: Mapping[str, Tensor], before: Tensor | None = None, **options: Any
-    ) -> Iterator[HeadResult]:
+    def fitting(
+        self, batch: Mapping[str, Tensor], before: Tensor | None = None, *,
+        loss: str = "listwise", **options: Any,
+    ) -> Iterator[HeadResult]:  # fmt: skip
         """Inside, a forward gives a tensor full of the loss of `batch`, and fills the result.
 
         Args:
-            batch: offsets, target, and where there are any rows, margin, group_weight.
+            batch: offsets, target, and where there are any rows, ranks, margin, group_weight.
             before: hidden states of the first candidates, where the forward has only the others.
-            options: further arguments of `fastrm.listwise_loss`.
+            loss: one of `LOSSES`.
+            options: further arguments of that loss.
         """
         result = HeadResult()
-        options.update({k: batch[k] for k in GROUP_KEYS if k in batch})
+        function = getattr(functional, f"{loss}_loss")
 
-        def loss(hidden: Tensor, rows: Tensor | None) -> Tensor:
+        def fit(hidden: Tensor, rows: Tensor | None) -> Tensor:
             if before is not None:
                 hidden, rows = torch.cat([before, _chosen(hidden, rows)]), None
-            result.loss, result.scores = listwise_loss(
-                hidden, self.weight, self.bias, rows=rows, return_scores=True, **options
-            )
+            result.loss, result.scores = function(
+                hidden, self.weight, self.bias, rows=rows, return_scores=True,
+                **loss_columns(loss, batch), **options,
+            )  # fmt: skip
             return result.loss
 
-        with self._replaced_by(loss, batch):
+        with self._replaced_by(fit, batch):
             yield result
 
     @contextmanager
@@ -82,7 +90,7 @@ class RewardHead(nn.Linear):
         result = HeadResult()
 
         def scores(hidden: Tensor, rows: Tensor | None) -> Tensor:
-            result.scores = score(hidden, self.weight, self.bias, rows=rows)
+            result.scores = functional.score(hidden, self.weight, self.bias, rows=rows)
             return result.scores
 
         with self._replaced_by(scores, batch):
@@ -95,7 +103,7 @@ class RewardHead(nn.Linear):
 
         def read(hidden: Tensor, rows: Tensor | None) -> Tensor:
             result.hidden = _chosen(hidden, rows)
-            result.scores = score(result.hidden, self.weight, self.bias)
+            result.scores = functional.score(result.hidden, self.weight, self.bias)
             return result.hidden
 
         with self._replaced_by(read, batch):
@@ -109,7 +117,7 @@ class RewardHead(nn.Linear):
         """
 
         def pulled(hidden: Tensor, rows: Tensor | None) -> Tensor:
-            return score(hidden, self.weight.detach(), rows=rows) @ gradient
+            return functional.score(hidden, self.weight.detach(), rows=rows) @ gradient
 
         with self._replaced_by(pulled, batch):
             yield
@@ -149,6 +157,11 @@ class RewardHead(nn.Linear):
             return F.linear(hidden.to(dtype), self.weight.to(dtype), bias)
 
 
+def loss_columns(loss: str, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The arguments of a loss that a batch brings."""
+    return {name: batch[name] for name in LOSSES[loss] if name in batch}
+
+
 def _chosen(hidden: Tensor, rows: Tensor | None) -> Tensor:
     hidden = hidden.flatten(0, -2)
     return hidden if rows is None else hidden[rows]
@@ -182,9 +195,10 @@ def attach_head(model: nn.Module) -> RewardHead:
         if isinstance(m, nn.Linear) and m.out_features == 1 and "original_module" not in name
     ]
     if len(found) != 1:
+        names = ", ".join(name for name, _ in found)
         raise ValueError(
             f"model must have one linear layer with a single output (num_labels=1), but "
-            f"{type(model).__name__} has {len(found)}"
+            f"{type(model).__name__} has {len(found)}{': ' * bool(names)}{names}"
         )
     name, linear = found[0]
     if isinstance(linear, RewardHead):
@@ -219,9 +233,16 @@ def load_reward_model(
             loses small updates: prefer fp32 here and autocast (`RewardConfig(bf16=True)`).
         kwargs: for `AutoModelForSequenceClassification.from_pretrained`.
     """
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        name_or_path, num_labels=1, dtype=dtype, output_loading_info=True, **kwargs
-    )
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path, num_labels=1, dtype=dtype, output_loading_info=True, **kwargs
+        )
+    except RuntimeError as e:
+        if "ignore_mismatched_sizes" not in str(e):
+            raise
+        raise ValueError("its head has several labels, or other weights do not fit its config: to "
+                         "train a head on its backbone, save that alone, AutoModel.from_pretrained"
+                         "(...).save_pretrained(...)") from None  # fmt: skip
     head = attach_head(model)
     name = next(n for n, p in model.named_parameters() if p is head.weight)
     is_new = name in info["missing_keys"]
@@ -235,20 +256,48 @@ def load_reward_model(
         _reload_head(head, name.removesuffix("weight"), name_or_path, **where)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(name_or_path)
     set_pad_token(model, tokenizer, keep=not is_new)
+    if is_new:
+        serve_raw(model.config)
     return model
+
+
+def serve_raw(config: Any) -> None:
+    """Say in a config that rewards are not probabilities: pipelines and CrossEncoder then leave
+    out the sigmoid that they apply to one label by default.
+    """
+    config.problem_type = "regression"
+    config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
 
 def _reload_head(head: RewardHead, prefix: str, name_or_path: str, **where: Any) -> None:
     """Take the head from the checkpoint again: it was rounded to the backbone's dtype."""
-    try:
-        index = cached_file(name_or_path, "model.safetensors.index.json", **where)
-        files = json.loads(Path(str(index)).read_text())["weight_map"]
-    except OSError:  # one file
-        files = {}
     for name, p in head.named_parameters():
-        file = cached_file(name_or_path, files.get(prefix + name, "model.safetensors"), **where)
-        with safe_open(str(file), "pt") as tensors, torch.no_grad():
-            p.copy_(tensors.get_tensor(prefix + name))
+        if (stored := stored_tensor(prefix + name, name_or_path, **where)) is not None:
+            with torch.no_grad():
+                p.copy_(stored)
+
+
+def stored_tensor(name: str, name_or_path: str, **where: Any) -> Tensor | None:
+    """A tensor as a checkpoint has it, or None if it has none of that name.
+
+    Raises:
+        OSError: there is no such checkpoint.
+    """
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            index = cached_file(name_or_path, f"{whole}.index.json", **where)
+            files = json.loads(Path(str(index)).read_text())["weight_map"]
+        except OSError:  # one file
+            files = {}
+        try:
+            file = str(cached_file(name_or_path, files.get(name, whole), **where))
+        except OSError:
+            continue
+        if whole.endswith(".bin"):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True).get(name)
+        with safe_open(file, "pt") as tensors:
+            return tensors.get_tensor(name) if name in tensors.keys() else None
+    raise OSError(f"{name_or_path} has neither model.safetensors nor pytorch_model.bin")
 
 
 def set_pad_token(model: PreTrainedModel, tokenizer: Any, keep: bool = True) -> None:
@@ -264,7 +313,8 @@ def set_pad_token(model: PreTrainedModel, tokenizer: Any, keep: bool = True) -> 
         keep: whether a padding token that the model already has stays, as a trained one's must.
     """
     config, text = model.config, model.config.get_text_config()
-    if keep and text.pad_token_id is not None:
+    known = text.pad_token_id is not None and 0 <= text.pad_token_id < len(tokenizer)
+    if keep and known:
         token = tokenizer.convert_ids_to_tokens(text.pad_token_id)
     else:
         token = _unused_token(tokenizer)

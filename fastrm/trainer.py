@@ -33,15 +33,16 @@ from transformers import (
 )
 from transformers.trainer_utils import IntervalStrategy, seed_worker
 
-from fastrm import backends, packing
+from fastrm import backends, functional, packing
 from fastrm.batching import ChunkingCollator, GroupBatchSampler, group_tokens
 from fastrm.data import Examples, RaggedCollator, check_rows, tokenize_rows
-from fastrm.functional import listwise_loss_from_scores
 from fastrm.model import (
+    LOSSES,
     attach_head,
     disable_dropout,
     is_encoder,
     load_reward_model,
+    loss_columns,
     set_pad_token,
     token_limit,
 )
@@ -72,9 +73,18 @@ class RewardConfig(TrainingArguments):
         "another in a row), shared (a prompt once for all its candidates) or cached (the same in "
         "two forwards). The results are the same; auto takes the cheapest that the model can run.",
     )
+    loss: str = _option(
+        "listwise",
+        "listwise (softmax cross entropy of the best candidate, or of the labels), plackett_luce "
+        "(ListMLE: the whole ranking) or bradley_terry (every pair that the ranks order). Rows "
+        "without ranks have those that their best or their labels give.",
+    )
     temperature: float = _option(1.0, "Divides the rewards in the softmax of the loss.")
     center_rewards_coefficient: float | None = _option(
         None, "Weight of the term that keeps each group's mean reward near 0, such as 0.01."
+    )
+    distillation_coef: float = _option(
+        0.0, "Weight of the cross entropy with the softmax of the rows' teacher_scores (listwise)."
     )
     disable_dropout: bool = _option(True, "Train without the model's dropout.")
     model_dtype: str = _option(
@@ -154,11 +164,18 @@ class RewardConfig(TrainingArguments):
         need(0 <= self.seed < 2**32, "seed", "be from 0 to 2^32 - 1")
         need(self.max_steps > 0 or self.max_steps == -1, "max_steps",
              "be above 0, or -1 for epochs")  # fmt: skip
+        need(self.max_steps > 0 or self.num_train_epochs > 0, "num_train_epochs", "be above 0")
         need(self.model_dtype in ("auto", "float32", "bfloat16", "float16"), "model_dtype",
              "be auto, float32, bfloat16 or float16")  # fmt: skip
         need(self.max_length is None or self.max_length > 0, "max_length", "be above 0")
         layouts = ("auto", *packing.LAYOUTS)
         need(self.layout in layouts, "layout", f"be one of {', '.join(layouts)}")
+        need(self.loss in LOSSES, "loss", f"be one of {', '.join(LOSSES)}")
+        for name in ("label_smoothing_factor", "distillation_coef"):
+            need(self.loss == "listwise" or getattr(self, name) == 0, name,
+                 f"be 0 with loss {self.loss}")  # fmt: skip
+        need(0 <= self.distillation_coef < float("inf"), "distillation_coef",
+             "be a finite number, 0 or more")  # fmt: skip
         need(0 < self.temperature < float("inf"), "temperature", "be a finite number above 0")
         center = self.center_rewards_coefficient
         need(center is None or 0 <= center < float("inf"), "center_rewards_coefficient",
@@ -216,6 +233,8 @@ class RewardTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        if args is not None and not isinstance(args, RewardConfig):
+            raise TypeError(f"args must be a fastrm.RewardConfig, got {type(args).__name__}")
         args = copy.copy(args) if args is not None else RewardConfig()
         if args.n_gpu > 1:
             raise ValueError(
@@ -225,11 +244,19 @@ class RewardTrainer(Trainer):
             )
         name = model if isinstance(model, str) else model.config._name_or_path
         if processing_class is None:
+            if not name:
+                raise ValueError("processing_class must be the model's tokenizer: the model does "
+                                 "not say where it came from")  # fmt: skip
             processing_class = AutoTokenizer.from_pretrained(name)
         if isinstance(model, str):
             set_seed(args.seed)  # a new head is drawn from it
             model = load_reward_model(model, tokenizer=processing_class, dtype=args.model_dtype)
         self.head = attach_head(model)
+        if not self.head.weight.requires_grad:
+            log.warning(
+                "the head does not train; with PEFT, task_type='SEQ_CLS' or "
+                "modules_to_save=['score'] in the config makes it"
+            )
         set_pad_token(model, processing_class)
         if args.disable_dropout:
             disable_dropout(model)
@@ -243,6 +270,7 @@ class RewardTrainer(Trainer):
         self._pairs = is_encoder(model)
         self._model_config = model.config
         self._tokenizer = processing_class
+        self._loss, self._distils = args.loss, args.distillation_coef > 0
         if train_dataset is not None:
             train_dataset = self._tokenized(train_dataset, "train_dataset")
         if isinstance(eval_dataset, dict):
@@ -253,12 +281,20 @@ class RewardTrainer(Trainer):
             eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
         elif args.eval_strategy == IntervalStrategy.EPOCH and not args.load_best_model_at_end:
             args.eval_strategy = IntervalStrategy.NO
+        metric = args.metric_for_best_model
+        if metric and not isinstance(eval_dataset, dict):
+            if metric.removeprefix("eval_") not in (names := list(_means([0.0] * 8))):
+                raise ValueError(f"metric_for_best_model must be one of {', '.join(names)}, "
+                                 f"got {metric!r}")  # fmt: skip
         self._options: dict[str, Any] = {
             "temperature": args.temperature,
-            "label_smoothing": args.label_smoothing_factor,
             "center_coef": args.center_rewards_coefficient or 0.0,
             "backend": args.backend,
         }
+        if args.loss == "listwise":
+            self._options["label_smoothing"] = args.label_smoothing_factor
+        if args.distillation_coef:
+            self._options["distillation_coef"] = args.distillation_coef
         self._window: Tensor | None = None  # sums of `group_stats` since the last log
         own: list[TrainerCallback] = [_LogLastStep()]
         if args.early_stopping_patience is not None:
@@ -288,9 +324,16 @@ class RewardTrainer(Trainer):
     def _tokenized(self, rows: Any, name: str) -> Examples:
         if isinstance(rows, Examples):
             return rows
-        examples = tokenize_rows(
-            self._tokenizer, check_rows(rows, name), self._max_tokens, self._pairs
-        )
+        checked = check_rows(rows, name)
+        if self._loss == "plackett_luce" and any(row.get("margin") for row in checked):
+            log.warning("%s: the loss plackett_luce takes no margin, and leaves out those of the "
+                        "rows", name)  # fmt: skip
+        if self._distils and (without := [
+            i for i, row in enumerate(checked) if row.get("teacher_scores") is None
+        ]):  # fmt: skip
+            raise ValueError(f"distillation_coef needs rows with teacher_scores: {name} has "
+                             f"{len(without)} without, the first is row {without[0]}")  # fmt: skip
+        examples = tokenize_rows(self._tokenizer, checked, self._max_tokens, self._pairs)
         if not examples:
             raise ValueError(f"{name}: no group is left, every one has a candidate of more than "
                              f"{self._max_tokens} tokens")  # fmt: skip
@@ -436,7 +479,7 @@ class RewardTrainer(Trainer):
         if "chunks" in inputs:
             result, outputs = self._in_chunks(model, inputs, options)
         else:
-            with self.head.listwise(inputs, **options) as result:
+            with self._fitting(inputs, **options) as result:
                 outputs = packing.run(model, inputs, self._model_config)
         loss = outputs.logits.flatten()[0]
         if model.training:
@@ -467,7 +510,7 @@ class RewardTrainer(Trainer):
             read.append(result)
         with torch.enable_grad():
             scores = torch.cat([r.scores for r in read]).requires_grad_()
-            loss = listwise_loss_from_scores(scores[idle:], **group, **options)
+            loss = self._loss_from_scores(scores[idle:], group, options)
         gradients = torch.autograd.grad(loss, scores)[0].split([len(r.scores) for r in read])
         for k, chunk in enumerate(chunks[:-1]):
             with self.accelerator.no_sync(model), self._seeded(seed + k):
@@ -477,9 +520,26 @@ class RewardTrainer(Trainer):
                     self.accelerator.backward(pulled * self.accelerator.num_processes)
         before = torch.cat([r.hidden for r in read[:-1]])[idle:]
         with self._seeded(seed + len(chunks) - 1):
-            with self.head.listwise({**chunks[-1], **group}, before, **options) as result:
+            with self._fitting({**chunks[-1], **group}, before, **options) as result:
                 outputs = packing.run(model, chunks[-1], config)
         return result, outputs
+
+    def _fitting(self, batch: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        """The head gives the loss of `args`."""
+        return self.head.fitting(self._taught(batch), *args, loss=self._loss, **options)
+
+    def _loss_from_scores(self, scores: Tensor, batch: Mapping[str, Any], options: Any) -> Tensor:
+        function = getattr(functional, f"{self._loss}_loss_from_scores")
+        columns = loss_columns(self._loss, self._taught(batch))
+        return function(scores, **columns, **options)
+
+    def _taught(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The batch; without the teacher's scores where nothing is to be learnt from them."""
+        if "distillation_coef" in self._options:
+            if "teacher_scores" not in batch:
+                raise ValueError("distillation_coef needs rows with teacher_scores")
+            return batch
+        return {name: x for name, x in batch.items() if name != "teacher_scores"}
 
     @contextmanager
     def _seeded(self, seed: int) -> Iterator[None]:
@@ -499,17 +559,24 @@ class RewardTrainer(Trainer):
         """Statistics of each group, (N, 8); the trainer gathers them for the metrics."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            with self.head.listwise(inputs, reduction="none", **self._options) as result:
+            with self._fitting(inputs, reduction="none", **self._options) as result:
                 packing.run(model, inputs, self._model_config)
             stats = group_stats(result.scores, inputs, self._options["temperature"])
             stats[:, 0].copy_(result.loss)
         return None, stats, stats[:, 1]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `transformers.Trainer`; a model in shards is saved whole, except in checkpoints."""
+        """As in `transformers.Trainer`, with a model card (an adapter has PEFT's), and a model in
+        shards is saved whole; neither in checkpoints.
+        """
         if _internal_call or not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        if self.args.should_save and not _internal_call:
+            from fastrm.card import write_card
+
+            write_card(self, output_dir)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; says what was too long too."""

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
 
 import fastrm
 from fastrm import cli
@@ -223,6 +229,11 @@ def train(*arguments: str) -> list[str]:
         (train("--learning-rate", "-1"), "learning_rate must be 0 or more"),
         (train("--report-to", "nowhere"), "nowhere"),
         (train("--max-steps", "0"), "max_steps must be above 0"),
+        (train("--num-train-epochs", "-1"), "num_train_epochs must be above 0, got -1"),
+        (train("--distillation-coef", "1"),
+         "distillation_coef needs rows with teacher_scores: train_dataset has 48 without, .*row 0"),
+        (train("--metric-for-best-model", "accurcy"),
+         "metric_for_best_model must be one of loss, accuracy, .*got 'accurcy'"),
         (train("--seed", "-1"), "seed must be from 0"),
         (train("--model-dtype", "foo"), "model_dtype must be auto, float32"),
         (train("--config", "none.yaml"), "none.yaml: No such file"),
@@ -237,6 +248,15 @@ def train(*arguments: str) -> list[str]:
         (["score", "--model", "tiny", "--input", "rows.jsonl", "--batch-size", "0"],
          "--batch-size: expected an integer of at least 1, got '0'"),
         (["evaluate", "--model", "none", "--file", "rows.jsonl"], "cannot load model none"),
+        (["evaluate", "--model", "./none", "--file", "rows.jsonl"], "./none: no such directory"),
+        (["evaluate", "--model", "mute", "--file", "rows.jsonl"],
+         "model mute: expected the tokenizer's files beside config.json"),
+        (["verify", "--model", "mute"], "model mute: expected the tokenizer's files"),
+        (["data", "check", "rows.jsonl", "--model", "mute"], "model mute: expected the tokenizer"),
+        (["score", "--model", "three", "--input", "rows.jsonl"],
+         "cannot load model three: its head has several labels"),
+        (["verify", "--model", "three"], "cannot load model three: its head has several labels"),
+        (["score", "--model", "damaged", "--input", "rows.jsonl"], "cannot load model damaged: "),
         (["evaluate", "--model", "tiny", "--file", "none.jsonl"], "none.jsonl: .*No such file"),
         (["evaluate", "--model", "tiny", "--file", "rows.jsonl", "--max-lenght", "8"],
          "unknown option --max-lenght; did you mean --max-length"),
@@ -248,6 +268,13 @@ def test_mistakes(here, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(here)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (here / "o-empty").mkdir(exist_ok=True)
+    for name in ("mute", "three", "damaged"):
+        shutil.copytree(here / "tiny", here / name, dirs_exist_ok=True)
+    for file in (here / "mute").glob("tokenizer*"):
+        file.unlink()
+    config = BertConfig.from_pretrained(here / "tiny", num_labels=3)
+    BertForSequenceClassification(config).save_pretrained(here / "three")
+    (here / "damaged" / "model.safetensors").write_text("version of a large file\n")
     (here / "broken.yaml").write_text("a: [1\nb")
     (here / "list.yaml").write_text("- 1\n")
     (here / "unknown.yaml").write_text("lerning_rate: 1\n")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastrm.batching import ChunkingCollator
 from fastrm.data import (
     DataError,
     RaggedCollator,
@@ -22,6 +23,13 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if 
 
 def without(column):
     return {k: v for k, v in GOOD.items() if k != column}
+
+
+def test_labels_and_best_must_agree():
+    row = {"prompt": "p", "candidates": ["a", "b", "c"], "labels": [1, 3, 3]}
+    check_rows([{**row, "best": 1}, {**row, "best": 2}])
+    with pytest.raises(DataError, match="row 0: column 'best': expected a candidate of the larg"):
+        check_rows([{**row, "best": 0}])
 
 
 BAD = [
@@ -46,6 +54,7 @@ BAD = [
     (GOOD | {"labels": 3}, "column 'labels'", "got 3"),
     (GOOD | {"ranks": [1.5, 2, 3]}, "column 'ranks': expected 3 integers", "got [1.5, 2, 3]"),
     (GOOD | {"ranks": [-1, -1, -1]}, "column 'ranks'", "0 or more"),
+    (GOOD | {"teacher_scores": [1, None, 2]}, "'teacher_scores': expected 3 finite", "got [1, N"),
     (GOOD | {"weight": -1}, "column 'weight': expected a finite number of at least 0", "got -1"),
     (GOOD | {"weight": float("nan")}, "column 'weight'", "got nan"),
     (GOOD | {"margin": [1, 2]}, "column 'margin': expected 3 finite numbers", "got [1, 2]"),
@@ -227,6 +236,7 @@ def test_collator_by_hand():
         "token_type_ids": [[1, 1, 1], [1, 0, 0], [1, 1, 0]],
         "offsets": [0, 2, 3],
         "target": [1, 0],
+        "ranks": [-1, 0, 0],
         "rows": [2, 3, 7],
         "margin": [0.0, 0.0, 2.0],
         "group_weight": [1.0, 0.5],
@@ -236,6 +246,46 @@ def test_collator_by_hand():
     examples[0]["target"] = np.array([0.25, 0.75], np.float32)
     soft = RaggedCollator(9, last_token=True)(examples)["target"]
     assert soft.dtype == torch.float32 and soft.tolist() == [0.25, 0.75, 1.0]
+
+
+def test_ranks_and_teacher_scores_in_the_batch():
+    rows = [
+        GOOD | {"ranks": [2, 0, -1], "teacher_scores": [0.5, 7, -3]},
+        {"prompt": "p", "candidates": ["a", "b"], "ranks": [1, 0], "teacher_scores": [1, 2.25]},
+    ]
+    tokenizer = make_tokenizer()
+    examples = tokenize_rows(tokenizer, check_rows(rows), None, pairs=False)
+    collate = RaggedCollator(tokenizer.pad_token_id, last_token=True)
+    batch = collate(examples)
+    assert batch["ranks"].dtype == torch.int64
+    assert batch["ranks"].tolist() == [2, 0, -1, 1, 0]
+    assert batch["teacher_scores"].dtype == torch.float32
+    assert batch["teacher_scores"].tolist() == [0.5, 7, -3, 1, 2.25]
+    assert batch["target"].tolist() == [1, 1]
+    others = [GOOD, without("best") | {"labels": [1, 3, 1]}, without("best")]
+    plain = tokenize_rows(tokenizer, others, None, pairs=False)
+    assert collate(plain)["ranks"].tolist() == [-1, 0, -1, 1, 0, 1, -1, -1, -1]
+    assert "teacher_scores" not in collate(plain)
+    mixed = collate([examples[0], *plain])
+    assert "teacher_scores" not in mixed and mixed["ranks"].dtype == torch.int64
+    assert mixed["ranks"].tolist() == [2, 0, -1, -1, 0, -1, 1, 0, 1, -1, -1, -1]
+
+
+def test_ranks_and_teacher_scores_of_a_group_in_chunks():
+    row = GOOD | {"ranks": [2, 0, -1], "teacher_scores": [0.5, 7, -3]}
+    examples = tokenize_rows(make_tokenizer(), [row], None, pairs=False)
+    collate = RaggedCollator(0, last_token=True)
+    batch = ChunkingCollator(collate, examples, 1, shared=False)(examples)
+    assert batch["ranks"].tolist() == row["ranks"]
+    assert [chunk["ranks"].tolist() for chunk in batch["chunks"]] == [[2], [0], [-1]]
+    assert [chunk["teacher_scores"].item() for chunk in batch["chunks"]] == [0.5, 7, -3]
+
+
+def test_rows_to_score_may_be_labelled_or_not():
+    rows = [GOOD, without("best"), without("best") | {"labels": [1, 3, 0]}]
+    examples = tokenize_rows(make_tokenizer(), check_rows(rows, labelled=False), None, pairs=False)
+    batch = RaggedCollator(0, last_token=True)(examples)
+    assert batch["target"].tolist() == [0, 1, 0, 0, 0, 0, 0.25, 0.75, 0]
 
 
 def test_last_token_does_not_depend_on_padding_ids():

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from fastrm.model import (
     is_encoder,
     load_reward_model,
     set_pad_token,
+    stored_tensor,
     token_limit,
 )
 
@@ -62,7 +65,7 @@ def test_the_loss_inside_the_model_is_the_loss_outside(kind, minilm):
     rewards = plain(**model_inputs(batch)).logits[:, 0]
     expected = plain_loss(rewards, batch)
     expected.backward()
-    with head.listwise(batch) as result:
+    with head.fitting(batch) as result:
         loss = model(**model_inputs(batch)).logits.flatten()[0]
     loss.backward()
     torch.testing.assert_close(result.scores, rewards.detach(), atol=1e-5, rtol=0)
@@ -86,12 +89,12 @@ def test_the_head_reads_only_the_candidates_rows():
     hidden = torch.full((2, 3, 4), torch.nan)
     hidden.view(-1, 4)[[1, 5]] = torch.randn(2, 4)
     batch = {"offsets": torch.tensor([0, 2]), "target": torch.tensor([0])}
-    with head.listwise(batch | {"rows": torch.tensor([1, 5])}) as result:
+    with head.fitting(batch | {"rows": torch.tensor([1, 5])}) as result:
         out = head(hidden)
     assert out.shape == (2, 3, 1) and out.isfinite().all() and result.scores.shape == (2,)
-    with pytest.raises(ValueError, match="rows"), head.listwise(batch):
+    with pytest.raises(ValueError, match="rows"), head.fitting(batch):
         head(hidden)
-    with pytest.raises(RuntimeError, match="boom"), head.listwise(batch):
+    with pytest.raises(RuntimeError, match="boom"), head.fitting(batch):
         raise RuntimeError("boom")
     assert head(hidden).isnan().any()  # an error inside leaves no loss behind
 
@@ -196,6 +199,28 @@ def test_the_head_stays_fp32_on_a_bf16_backbone(tmp_path):
         torch.testing.assert_close(again.score(hidden), logits, atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_the_head_of_a_checkpoint_that_is_no_safetensors(tmp_path, shards):
+    model = make_decoder()
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = {name: p.detach() for name, p in model.state_dict().items()}
+    if shards:
+        names = {name: f"pytorch_model-{k % 2}.bin" for k, name in enumerate(state)}
+        for file in set(names.values()):
+            torch.save({n: x for n, x in state.items() if names[n] == file}, tmp_path / file)
+        index = {"metadata": {}, "weight_map": names}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    loaded = load_reward_model(str(tmp_path), dtype="bfloat16")
+    assert loaded.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert torch.equal(loaded.score.weight, model.score.weight)
+    with pytest.raises(OSError, match="neither model.safetensors nor pytorch_model.bin"):
+        stored_tensor("score.weight", str(tmp_path / "nowhere"))
+
+
 def test_attach_head():
     model = make_decoder()
     weight = model.score.weight
@@ -219,6 +244,8 @@ def test_attach_head():
         (dict(pad="<eos>", unk="<eos>", bos="<bos>"), False, 0, "<eos>"),  # never BOS
         (dict(pad="<pad>"), True, 0, "<eos>"),  # what a trained model has stays
         (dict(pad="<pad>"), True, None, "<pad>"),
+        (dict(pad="<pad>"), True, -1, "<pad>"),  # as old Llama configs have it
+        (dict(pad="<pad>"), True, 10**6, "<pad>"),
     ],
 )
 def test_padding_token(tokenizer, keep, had, expected):

@@ -118,7 +118,7 @@ def in_layout(model, examples, layout, cost=None):
     batch = RaggedCollator(0, not is_encoder(model), [layout], cost)(examples)
     with torch.no_grad(), head.reading(batch) as result:
         packing.run(model, batch, model.config)
-    with head.listwise(batch):
+    with head.fitting(batch):
         loss = packing.run(model, batch, model.config).logits.flatten()[0]
     loss.backward()
     return result.hidden, gradients(model)
@@ -386,7 +386,7 @@ def test_data_parallel_models_take_several_forwards(one_process):
     )
     for layout in ("split", "packed", "shared"):
         batch = RaggedCollator(0, True, [layout])(RAGGED)
-        with head.listwise(batch):
+        with head.fitting(batch):
             loss = packing.run(wrapped, batch, config).logits.flatten()[0]
         loss.backward()
         assert difference(expected, (expected[0], gradients(model))) <= 1e-10

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from fastrm.data import RaggedCollator, check_rows, read_rows, tokenize_rows
 from fastrm.model import set_pad_token
@@ -212,6 +213,63 @@ def test_soft_labels_margins_and_weights_reach_the_loss(tmp_path):
     assert logged(trainer) == [pytest.approx(float(first + second) / 2, abs=1e-5)]
 
 
+def ranked_rows():
+    return [
+        {"prompt": "p", "candidates": ["a", "b b", "c", "d"], "ranks": [1, 0, -1, 1]},
+        {"prompt": "q", "candidates": ["a", "b b", "c"], "best": 1, "margin": [1, 2, 3]},
+        {"prompt": "r", "candidates": ["a", "b b"], "labels": [1, 3]},
+    ]
+
+
+@pytest.mark.parametrize("max_tokens", [None, 8])  # the second: groups in chunks
+@pytest.mark.parametrize("loss", ["plackett_luce", "bradley_terry"])
+def test_losses_of_a_ranking(tmp_path, loss, max_tokens):
+    """Rows without ranks have those of their best or their labels."""
+    model = make_decoder().double()
+    trainer = trained(
+        tmp_path, ranked_rows(), model, loss=loss, learning_rate=0.0, temperature=0.7,
+        per_device_train_batch_size=3, max_tokens_per_batch=max_tokens,
+        gradient_accumulation_steps=1 if max_tokens is None else 3,
+    )  # fmt: skip
+    groups = rewards_of(trainer.model, ranked_rows())
+    pairs = [[(1, 0), (1, 3), (1, 2), (0, 2), (3, 2)], [(1, 0), (1, 2)], [(1, 0)]]
+    last = [[(1, (0, 1, 2, 3)), (0, (0, 2, 3)), (3, (0, 2, 3))], [(1, (0, 1, 2))], [(1, (0, 1))]]
+    margins = [[0] * 4, [1, 2, 3], [0, 0]]
+    total = 0.0
+    for r, won, chosen, m in zip(groups, pairs, last, margins, strict=True):
+        z = torch.tensor(r, dtype=torch.float64) / 0.7
+        if loss == "bradley_terry":
+            terms = [-torch.nn.functional.logsigmoid(z[i] - z[j] - m[j] / 0.7) for i, j in won]
+            total += float(sum(terms)) / len(terms)
+        else:
+            total += float(sum(torch.logsumexp(z[list(js)], 0) - z[i] for i, js in chosen))
+    assert logged(trainer) == [pytest.approx(total / 3, abs=1e-5)]
+
+
+def test_chunks_of_a_ranking_give_the_same_weights(tmp_path):
+    runs = [
+        trained(tmp_path, ranked_rows(), make_decoder().double(), loss="plackett_luce",
+                per_device_train_batch_size=1, max_tokens_per_batch=n).model
+        for n in (None, 8)
+    ]  # fmt: skip
+    assert_same_weights(*runs, atol=1e-7)  # its RMSNorm rounds to fp32
+
+
+def test_distillation_learns_from_a_teacher(tmp_path):
+    rows = [
+        {"prompt": "p", "candidates": ["a", "b b", "c"], "best": 0, "teacher_scores": [1, 2, 0.5]}
+    ]
+    trainer = trained(tmp_path, rows, learning_rate=0.0, distillation_coef=0.6)
+    z = torch.tensor(rewards_of(trainer.model, rows)[0], dtype=torch.float64)
+    q = torch.tensor([1, 2, 0.5], dtype=torch.float64).softmax(0)
+    expected = -z.log_softmax(0)[0] - 0.6 * (q * z.log_softmax(0)).sum()
+    assert logged(trainer) == [pytest.approx(float(expected), abs=1e-5)]
+    plain = trained(tmp_path, rows, learning_rate=0.0)
+    assert logged(plain) == [pytest.approx(float(-z.log_softmax(0)[0]), abs=1e-5)]
+    with pytest.raises(ValueError, match="distillation_coef needs rows with teacher_scores"):
+        trained(tmp_path, ranked_rows(), distillation_coef=0.6)
+
+
 def test_backends_give_the_same_curve(tmp_path):
     from fastrm import backends
 
@@ -309,6 +367,27 @@ def test_says_what_it_trains(tmp_path, caplog):
         )
 
 
+def test_what_cannot_be_trained_is_said_before_the_first_step(tmp_path, caplog):
+    rows = make_rows(4)
+    with pytest.raises(TypeError, match="args must be a fastrm.RewardConfig, got TrainingArgum"):
+        RewardTrainer(make_decoder(), TrainingArguments(str(tmp_path)), rows)
+    with pytest.raises(ValueError, match="processing_class must be the model's tokenizer"):
+        RewardTrainer(make_decoder(), config(tmp_path), rows)
+    taught = [{**row, "teacher_scores": [0.0] * len(row["candidates"])} for row in rows]
+    distils = config(tmp_path, distillation_coef=1.0)
+    with pytest.raises(ValueError, match="eval_dataset has 4 without, the first is row 0"):
+        RewardTrainer(make_decoder(), distils, taught, rows, make_tokenizer())
+    RewardTrainer(make_decoder(), distils, taught, taught, make_tokenizer())
+    with pytest.raises(ValueError, match="metric_for_best_model must be one of loss, accuracy"):
+        RewardTrainer(make_decoder(), config(tmp_path, metric_for_best_model="eval_acc"), rows,
+                      rows, make_tokenizer())  # fmt: skip
+    for loss, warns in (("plackett_luce", True), ("bradley_terry", False)):
+        caplog.clear()
+        args = config(tmp_path, loss=loss)
+        RewardTrainer(make_decoder(), args, [{**rows[0], "margin": 1.0}], None, make_tokenizer())
+        assert ("takes no margin" in caplog.text) == warns
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
@@ -316,6 +395,8 @@ def test_says_what_it_trains(tmp_path, caplog):
         (dict(center_rewards_coefficient=-1.0), "center_rewards_coefficient must"),
         (dict(label_smoothing_factor=1.5), "label_smoothing_factor must be from 0 to 1"),
         (dict(max_length=0), "max_length must be above 0"),
+        (dict(loss="hinge"), "loss must be one of listwise, plackett_luce, bradley_terry"),
+        (dict(loss="plackett_luce", distillation_coef=1.0), "distillation_coef must be 0"),
         (dict(layout="tree"), "layout must be one of auto, padded, split, packed, shared, cached"),
         (dict(backend="cuda"), "backend must be one of triton, cpp, torch, got 'cuda'"),
         (dict(early_stopping_patience=0), "early_stopping_patience must be above 0"),
