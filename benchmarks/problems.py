@@ -156,7 +156,8 @@ def sweeps(device_type: str) -> dict[str, list[Point]]:
         ],
         "layout": [Point(rows, layout=layout) for layout in LAYOUTS],
         "losses": [
-            replace(p, loss=loss) for loss in LOSSES for p in (Point(512), sized(large))
+            replace(p, loss=loss) for loss in LOSSES
+            for p in (Point(512), Point(512, dtype="fp32"), sized(large))
         ],
         "costs": [Point(512)],  # the last: launches are counted there, by a profiler
     }

@@ -416,7 +416,7 @@ def _label(sweep: str, point: Point) -> str:
     if sweep == "ragged":
         return point.groups if point.groups in KINDS else f"K={point.groups}"
     if sweep == "losses":
-        return f"{point.loss}, {point.candidates}x{point.hidden_size}"
+        return f"{point.loss}, {point.candidates}x{point.hidden_size} {point.dtype}"
     return point.layout if sweep == "layout" else str(point)
 
 
