@@ -64,7 +64,7 @@ class Setting:
     max_length: int = 1024
 
     def __str__(self) -> str:
-        names = [Path(x).name.removesuffix(".jsonl") if "/" in x and not _is_shape(x) else x
+        names = [x if _is_shape(x) else Path(x).name.removesuffix(".jsonl")
                  for x in (self.model, self.data)]  # fmt: skip
         return f"{names[0]}, {names[1]}, {self.batch_size} groups, {self.dtype}"
 
