@@ -299,10 +299,19 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
     """
     inputs = {name: x for name, x in batch.items() if name not in GROUP_KEYS + _PLACES}
     if "splits" in batch:
-        start = 0
-        for end, length in batch["splits"]:
-            outputs = model(**{name: x[start:end, :length] for name, x in inputs.items()})
-            start = end
+        starts = (0, *(end for end, _ in batch["splits"]))
+        parts = [
+            {name: x[start:end, :length] for name, x in inputs.items()}
+            for start, (end, length) in zip(starts, batch["splits"], strict=False)
+        ]
+        if (table := _table(model)) is not None:
+            # All at once: the gradient of each look-up is as large as the vocabulary.
+            ids = [part.pop("input_ids") for part in parts]
+            found = table(torch.cat([x.flatten() for x in ids])).split([x.numel() for x in ids])
+            for part, x, embedded in zip(parts, ids, found, strict=True):
+                part["inputs_embeds"] = embedded.view(*x.shape, -1)
+        for part in parts:
+            outputs = model(**part)
         return outputs
     if "prompt_ids" in batch:
         prompts = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
@@ -313,6 +322,22 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
     if "ends" in batch:
         inputs["attention_mask"] = tree_mask(config, batch["ends"], batch["position_ids"])
     return model(**inputs)
+
+
+def _table(model: Any) -> torch.nn.Embedding | None:
+    """The model's word vectors, where they train and it takes them looked up."""
+    table = getattr(model, "module", model).get_input_embeddings()  # inside of a DDP wrapper
+    trains = torch.is_grad_enabled() and type(table) is torch.nn.Embedding
+    if not trains or not table.weight.requires_grad or "inputs_embeds" not in _takes(model):
+        return None
+    return table
+
+
+def _takes(model: Any) -> Mapping[str, Any]:
+    """The arguments of the model's backbone."""
+    model = getattr(model, "module", model)
+    base = getattr(model, "get_base_model", lambda: model)()  # inside of PEFT's wrapper
+    return inspect.signature(base.base_model.forward).parameters
 
 
 def tree_mask(
@@ -377,9 +402,7 @@ def refusals(model: Any, pools: bool) -> dict[str, str]:
         pools: whether it pools by itself, as encoders do.
     """
 
-    base = getattr(model, "get_base_model", lambda: model)()  # inside of PEFT's wrapper
-    takes = inspect.signature(base.base_model.forward).parameters
-    config = model.config.get_text_config()
+    takes, config = _takes(model), model.config.get_text_config()
     attention, windows = config._attn_implementation, _windows(config)
     found: dict[str, str] = {}
 
@@ -413,8 +436,8 @@ def disagreement(model: Any, head: Any, layout: str, gradients: bool = True) -> 
         layout: to compare.
         gradients: whether to compare those of all parameters that train, not only hidden states.
     """
-    if layout in ("padded", "split"):
-        return None  # nothing but the model's own forward on a padded batch
+    if layout == "padded":
+        return None
     lengths = ((3, (3, 2)), (2, (1, 4, 2)))  # of each group's prompt and its answers
     ids = (np.arange(64) * 7919 + 1) % model.config.get_text_config().vocab_size
     examples = [

@@ -376,6 +376,26 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_word_vectors_are_looked_up_once_where_they_train(trains):
+    """Each look-up has a gradient as large as the vocabulary; frozen ones have none."""
+    model, calls = make("gpt2"), []
+    table = model.get_input_embeddings()
+    table.weight.requires_grad_(trains)
+    table.register_forward_hook(lambda module, args, found: calls.append(args[0].shape))
+    expected = alone(model, RAGGED)
+    batch = RaggedCollator(0, True, ["split"])(RAGGED)
+    calls.clear()
+    with attach_head(model).fitting(batch):
+        packing.run(model, batch, model.config).logits.flatten()[0].backward()
+    ends, lengths = zip(*batch["splits"], strict=True)
+    tokens = int(np.diff([0, *ends]) @ lengths)
+    assert len(batch["splits"]) > 1
+    assert len(calls) == (1 if trains else len(batch["splits"]))
+    assert sum(map(torch.Size.numel, calls)) == tokens
+    assert difference(expected, (expected[0], gradients(model))) <= 1e-10
+
+
 @pytest.mark.filterwarnings("ignore:.*broadcast_buffers:FutureWarning")
 def test_data_parallel_models_take_several_forwards(one_process):
     model = make("gpt2")
