@@ -304,8 +304,8 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
             {name: x[start:end, :length] for name, x in inputs.items()}
             for start, (end, length) in zip(starts, batch["splits"], strict=False)
         ]
-        if (table := _table(model)) is not None:
-            # All at once: the gradient of each look-up is as large as the vocabulary.
+        # All at once: the gradient of each look-up is as large as the vocabulary. Decoders want ids.
+        if "last" not in batch and (table := _table(model)) is not None:
             ids = [part.pop("input_ids") for part in parts]
             found = table(torch.cat([x.flatten() for x in ids])).split([x.numel() for x in ids])
             for part, x, embedded in zip(parts, ids, found, strict=True):
@@ -427,7 +427,9 @@ def refusals(model: Any, pools: bool) -> dict[str, str]:
     return found
 
 
-def disagreement(model: Any, head: Any, layout: str, gradients: bool = True) -> str | None:
+def disagreement(
+    model: Any, head: Any, layout: str, gradients: bool = True, pools: bool = False
+) -> str | None:
     """How a tiny batch differs from the same one padded, if by more than rounding.
 
     Args:
@@ -435,9 +437,10 @@ def disagreement(model: Any, head: Any, layout: str, gradients: bool = True) -> 
         head: its `RewardHead`.
         layout: to compare.
         gradients: whether to compare those of all parameters that train, not only hidden states.
+        pools: whether the model pools by itself, as encoders do.
     """
-    if layout == "padded":
-        return None
+    if layout == "padded" or (layout == "split" and not pools):
+        return None  # nothing but the model's own forward on a padded batch
     lengths = ((3, (3, 2)), (2, (1, 4, 2)))  # of each group's prompt and its answers
     ids = (np.arange(64) * 7919 + 1) % model.config.get_text_config().vocab_size
     examples = [
@@ -450,7 +453,7 @@ def disagreement(model: Any, head: Any, layout: str, gradients: bool = True) -> 
     try:
         cost = Cost(varlen=Cost.of(model).varlen)  # all in one row
         expected, found = (
-            _probe(model, head, plan(examples, [name], cost), gradients)
+            _probe(model, head, plan(examples, [name], cost, not pools), gradients)
             for name in ("padded", layout)
         )
     except Exception as error:  # whatever a model makes of a mask that it does not know
@@ -516,7 +519,7 @@ def usable(
     for wanted in LAYOUTS if layout == "auto" else [layout]:
         if layout == "auto" and wanted == "cached" and "shared" in layouts:
             continue
-        if wanted not in whys and (why := disagreement(model, head, wanted, gradients)):
+        if wanted not in whys and (why := disagreement(model, head, wanted, gradients, pools)):
             whys[wanted] = why
             if layout == "auto":
                 log.warning("layout %s is not used: in it %s %s", wanted, name, why)

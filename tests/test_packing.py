@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GraniteConfig,
     LlamaForSequenceClassification,
@@ -377,23 +379,25 @@ def one_process():
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_word_vectors_are_looked_up_once_where_they_train(trains):
+def test_an_encoders_word_vectors_are_looked_up_once_where_they_train(trains):
     """Each look-up has a gradient as large as the vocabulary; frozen ones have none."""
-    model, calls = make("gpt2"), []
-    table = model.get_input_embeddings()
+    torch.manual_seed(0)
+    shape = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_labels=1,
+                 num_hidden_layers=2, num_attention_heads=4)  # fmt: skip
+    bert = AutoConfig.for_model("bert", **shape)
+    model = AutoModelForSequenceClassification.from_config(bert).double().eval()
+    table, calls = model.get_input_embeddings(), []
     table.weight.requires_grad_(trains)
-    table.register_forward_hook(lambda module, args, found: calls.append(args[0].shape))
-    expected = alone(model, RAGGED)
-    batch = RaggedCollator(0, True, ["split"])(RAGGED)
-    calls.clear()
+    expected = in_layout(model, RAGGED, "padded")
+    assert packing.disagreement(model, attach_head(model), "split", pools=True) is None
+    table.register_forward_hook(lambda module, args, found: calls.append(args[0].numel()))
+    batch = RaggedCollator(0, False, ["split"])(RAGGED)
+    ends, lengths = zip(*batch["splits"], strict=True)
     with attach_head(model).fitting(batch):
         packing.run(model, batch, model.config).logits.flatten()[0].backward()
-    ends, lengths = zip(*batch["splits"], strict=True)
-    tokens = int(np.diff([0, *ends]) @ lengths)
-    assert len(batch["splits"]) > 1
-    assert len(calls) == (1 if trains else len(batch["splits"]))
-    assert sum(map(torch.Size.numel, calls)) == tokens
     assert difference(expected, (expected[0], gradients(model))) <= 1e-10
+    assert len(ends) > 1 and len(calls) == (1 if trains else len(ends))
+    assert sum(calls) == np.diff([0, *ends]) @ lengths
 
 
 @pytest.mark.filterwarnings("ignore:.*broadcast_buffers:FutureWarning")
