@@ -304,7 +304,7 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
             {name: x[start:end, :length] for name, x in inputs.items()}
             for start, (end, length) in zip(starts, batch["splits"], strict=False)
         ]
-        # All at once: the gradient of each look-up is as large as the vocabulary. Decoders want ids.
+        # All at once: the gradient of a look-up is as large as the vocabulary. Decoders want ids.
         if "last" not in batch and (table := _table(model)) is not None:
             ids = [part.pop("input_ids") for part in parts]
             found = table(torch.cat([x.flatten() for x in ids])).split([x.numel() for x in ids])
