@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import fastrm
+from fastrm import cli
 from fastrm.evaluate import score_rows
 from fastrm.model import load_reward_model
 
@@ -525,6 +526,13 @@ def test_lora_round_trip_keeps_rewards_and_the_trained_head(tmp_path, dtype):
     assert want.std() > 0.1
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     if dtype == torch.float32:  # merging rounds the sum of backbone and adapter to its dtype
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        adapter, scored = str(tmp_path / "adapter"), tmp_path / "scored.jsonl"
+        assert cli.main(["score", "--model", adapter, "--input", str(tmp_path / "rows.jsonl"),
+                         "--output", str(scored)]) == 0  # fmt: skip
+        got = flat(json.loads(line)["scores"] for line in scored.read_text().splitlines())
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+        assert cli.main(["verify", "--model", adapter]) == 2  # other readers load no adapter
         merged = loaded.merge_and_unload()
         merged.save_pretrained(tmp_path / "merged")
         tokenizer.save_pretrained(tmp_path / "merged")
