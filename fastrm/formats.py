@@ -233,7 +233,7 @@ SENTENCE_TRANSFORMERS = Format(
 )
 FORMATS = (
     Format("fastrm", "prompt, candidates, best or labels or ranks", ("candidates", "best"), _own),
-    Format("TRL", "prompt (optional), chosen, rejected, margin (optional)",
+    Format("TRL", "prompt (optional), chosen, rejected (one or a list), margin (optional)",
            ("chosen", "rejected"), _trl),
     Format("NeMo-RL", "context, completions", ("completions",), _nemo_rl),
     Format("FlagEmbedding", "query, pos, neg, pos_scores and neg_scores (optional)",
