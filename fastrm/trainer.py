@@ -293,7 +293,7 @@ class RewardTrainer(Trainer):
         }
         if args.loss == "listwise":
             self._options["label_smoothing"] = args.label_smoothing_factor
-        if args.distillation_coef:
+        if self._distils:
             self._options["distillation_coef"] = args.distillation_coef
         self._window: Tensor | None = None  # sums of `group_stats` since the last log
         own: list[TrainerCallback] = [_LogLastStep()]
@@ -535,7 +535,7 @@ class RewardTrainer(Trainer):
 
     def _taught(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch; without the teacher's scores where nothing is to be learnt from them."""
-        if "distillation_coef" in self._options:
+        if self._distils:
             if "teacher_scores" not in batch:
                 raise ValueError("distillation_coef needs rows with teacher_scores")
             return batch
