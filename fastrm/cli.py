@@ -9,6 +9,7 @@ import argparse
 import atexit
 import dataclasses
 import difflib
+import gc
 import json
 import logging
 import shlex
@@ -519,7 +520,7 @@ def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> Non
         except (ValueError, TypeError, ImportError) as e:
             raise UserError(_first_line(e)) from None
         if config.world_size > 1:
-            # Its threads must have ended when Python does, or now and then the process aborts.
+            # Threads that let go of a tensor while Python ends abort it.
             atexit.register(_leave_process_group)
         from transformers import set_seed
 
@@ -548,6 +549,7 @@ def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> Non
 def _leave_process_group() -> None:
     import torch
 
+    gc.collect()  # the model's wrapper holds the group too
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -183,7 +183,6 @@ def equal_worker(folder):
         runs[name, dtype] = three_steps(folder / "out", rows(), dtype, **options)
     if int(os.environ["RANK"]) == 0:
         torch.save(runs, folder / "runs.pt")
-    torch.distributed.destroy_process_group()
 
 
 def command_line_worker(folder):
@@ -223,8 +222,11 @@ def sharded_worker(folder):
 
 def launch(folder, launcher, worker):
     script = folder / "worker.py"
-    script.write_text(f"from pathlib import Path\nfrom tests.test_distributed import {worker}\n"
-                      f"{worker}(Path({str(folder)!r}))\n")  # fmt: skip
+    # Without the end of Python, during which gloo's threads now and then abort it.
+    script.write_text(
+        f"import os, sys\nfrom pathlib import Path\nfrom tests.test_distributed import {worker}\n"
+        f"{worker}(Path({str(folder)!r}))\nsys.stdout.flush()\nos._exit(0)\n"
+    )
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *launcher, script]

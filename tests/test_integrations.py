@@ -238,6 +238,7 @@ def test_trl_with_lora_trains_and_saves_the_head(trl, tmp_path):
 
 
 RANK = """
+import os
 import sys
 sys.path.insert(0, sys.argv[1])  # examples/
 import json
@@ -264,7 +265,10 @@ trainer = ListwiseRewardTrainer(
 trainer.train()
 if trainer.is_world_process_zero():
     Path(sys.argv[2], "history.json").write_text(json.dumps(trainer.state.log_history))
-trainer.accelerator.end_training()  # leaves the process group, if there is one
+if trainer.accelerator.num_processes > 1:
+    trainer.accelerator.wait_for_everyone()
+    sys.stdout.flush()
+    os._exit(0)  # without the end of Python, during which gloo's threads now and then abort it
 """
 
 
