@@ -329,7 +329,9 @@ def _facts(batches: Sequence[Sequence[Example]]) -> dict[str, int]:
 
 def _peak_memory(setting: Setting, name: str, device: torch.device) -> int | None:
     """Memory of two steps beyond model and optimiser, those of the batches with the longest
-    candidates, in a process of its own; None where the system does not tell."""
+    candidates; None where the system does not tell. Of a CPU only a new process can."""
+    if device.type == "cuda":
+        return _memory(setting, name, str(device), torch.get_num_threads())
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_memory, (setting, name, str(device), torch.get_num_threads()))
@@ -380,7 +382,8 @@ def make_model(setting: Setting, device: torch.device) -> Any:
         config = AutoConfig.for_model(
             options.pop("model_type"), num_labels=1, pad_token_id=PAD, **options
         )
-        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+        with device:  # where a GPU makes a billion weights in no time
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(
             setting.model, num_labels=1, dtype=dtype, pad_token_id=PAD

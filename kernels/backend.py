@@ -312,7 +312,7 @@ def _listwise_fwd(
     soft = target.is_floating_point()
     one_pass, inverted = _plan(chosen, reduction, center_coef, needs_grad, needs_dweight)
     buffers = _buffers(
-        hidden, M, N, head.T, G, soft, center_coef, reduction, one_pass, inverted
+        hidden, M, N, head.T, G, head.tile, soft, center_coef, reduction, one_pass, inverted
     )
     loss, scores, state, index = buffers
     if M == 0 or N == 0:
@@ -331,7 +331,7 @@ def _listwise_fwd(
             HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, **head.layout(),
             HAS_MARGIN=margin is not None, HAS_GROUP_WEIGHT=group_weight is not None,
             HAS_NUM_ITEMS=num_items is not None, REDUCTION=reduction, DWEIGHT=one_pass,
-            INVERSE=inverted,
+            INVERSE=inverted, ROWS=head.tile.ROWS,
         ),
         head.tile,
     )  # fmt: skip
@@ -348,7 +348,7 @@ def _plan(
 
 
 def _buffers(
-    hidden: Tensor, M: int, N: int, T: int, G: int, soft: bool, center_coef: float,
+    hidden: Tensor, M: int, N: int, T: int, G: int, t: rows.Tile, soft: bool, center_coef: float,
     reduction: str, one_pass: bool, inverted: bool,
 ) -> list[Tensor]:  # fmt: skip
     partial = 3 * hidden.shape[-1] * G if one_pass else 0
@@ -356,7 +356,7 @@ def _buffers(
     return [
         new((N,) if reduction == "none" else (), dtype=acc),  # loss
         new(M, dtype=acc),  # scores
-        new(partial + _state_size(G, N, soft, center_coef), dtype=acc),  # state
+        new(partial + _state_size(G, N, t, soft, center_coef), dtype=acc),  # state
         new(_pieces(G) * listwise.MARKS.value + (T if inverted else 0), dtype=torch.int32),  # index
     ]
 
@@ -365,9 +365,10 @@ def _pieces(G: int) -> int:
     return G + 2 * (G // listwise.FAN.value)
 
 
-def _state_size(G: int, N: int, soft: bool, center_coef: float) -> int:
+def _state_size(G: int, N: int, t: rows.Tile, soft: bool, center_coef: float) -> int:
     """Numbers in state beside partial."""
-    return 1 + _pieces(G) * listwise.PIECES.value + (4 if soft or center_coef else 2) * N
+    notes = G * (listwise.NOTES.value + 2 * t.ROWS)
+    return 1 + _pieces(G) * listwise.PIECES.value + (4 if soft or center_coef else 2) * N + notes
 
 
 def _listwise_bwd(
@@ -389,7 +390,7 @@ def _listwise_bwd(
         return [dhidden.zero_(), dweight.zero_(), dbias.zero_()]
     G, _ = rows.split(M, t, weight.device)
     soft = target.is_floating_point()
-    one_pass = state.numel() > _state_size(G, N, soft, center_coef)  # what forward was told
+    one_pass = state.numel() > _state_size(G, N, t, soft, center_coef)  # what forward was told
     again = needs_dweight and not one_pass
     wants_coef = again or (needs_dbias and center_coef != 0)
     coef = torch.empty_like(scores) if wants_coef else None
@@ -644,11 +645,12 @@ def _(
     T = math.prod(hidden.shape[:-1])
     M = T if chosen is None else chosen.shape[0]
     # A tile is made for one D, so a compiled graph is too.
-    G, _ = rows.split(M, rows.tile(int(hidden.shape[-1]), hidden.dtype.itemsize), hidden.device)
+    t = rows.tile(int(hidden.shape[-1]), hidden.dtype.itemsize)
+    G, _ = rows.split(M, t, hidden.device)
     one_pass, inverted = _plan(chosen, reduction, center_coef, needs_grad, needs_dweight)
     soft = target.is_floating_point()
     N = offsets.shape[0] - 1
-    return _buffers(hidden, M, N, T, G, soft, center_coef, reduction, one_pass, inverted)
+    return _buffers(hidden, M, N, T, G, t, soft, center_coef, reduction, one_pass, inverted)
 
 
 @_listwise_bwd_op.register_fake

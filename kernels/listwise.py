@@ -11,8 +11,13 @@ Buffers between forward and backward (A is fp32, or fp64 for fp64 hidden), besid
                               its tail, and the loss of the groups inside it
          stats (2|4, N) A     per group: max of z, log Σ exp(z - max); with soft labels or centring
                               also the label mass Q and the score sum
-  index: marks (P, 6) int32   per program: group of the head, group of the tail, does the head close
-                              here, groups counted, is the tail open, are the offsets broken
+         notes (G, 7 + 2 ROWS) A  of forward alone, per program: what comes before the next rows
+                              (max, Σ exp, label term, Q, score sum), what its open sum is added to
+                              the done one with and kept with; per row its weight in a sum, and what
+                              its label takes
+  index: marks (P, 8) int32   per program: group of the head, group of the tail (of the next row),
+                              does the head close here, groups counted, is the tail open, are the
+                              offsets broken; rows of a head that ends, and all before an open group
          inverse (T,) int32   with `rows`: which candidate a row of hidden is
 P is G and, where G > FAN, a place for each FAN programs joined. Without dweight partial is empty.
 """
@@ -32,21 +37,25 @@ from fastrm_kernels.rows import (
 )
 
 PIECES = tl.constexpr(11)
-MARKS = tl.constexpr(6)
+MARKS = tl.constexpr(8)
+NOTES = tl.constexpr(7)
 FAN = tl.constexpr(64)  # programs whose pieces are joined together; at most FAN * FAN programs
 
 
 @triton.jit
+def _bounds(offsets_ptr, n, ok):
+    return load_index(offsets_ptr + n, ok, 0), load_index(offsets_ptr + n + 1, ok, 1)
+
+
+@triton.jit
 def _group(
-    offsets_ptr, target_ptr, group_weight_ptr, n, ok,
+    first, last, target_ptr, group_weight_ptr, n, ok,
     SOFT: tl.constexpr, HAS_GROUP_WEIGHT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Bounds of group n, its best candidate, its weight, and whether it counts.
+    """Of group n with these bounds the best candidate, the weight, and whether it counts.
 
     The weight is 0 for a group left out and NaN for one whose target or size is invalid.
     """
-    first = load_index(offsets_ptr + n, ok, 0)
-    last = load_index(offsets_ptr + n + 1, ok, 1)
     size = last - first
     best = first
     valid = size > 0
@@ -60,7 +69,7 @@ def _group(
     if HAS_GROUP_WEIGHT:
         gw = tl.load(group_weight_ptr + n, mask=ok, other=0.0).to(ACC)
     gw = tl.where(counted, gw, 0.0)
-    return first, last, best, tl.where(valid, gw, float("nan")), counted.to(tl.int32)
+    return best, tl.where(valid, gw, float("nan")), counted.to(tl.int32)
 
 
 @triton.jit
@@ -79,12 +88,12 @@ def _nothing(ACC: tl.constexpr):
 
 
 @triton.jit
-def _logit(s, q, i, ok, margin_ptr, temperature, HAS_MARGIN: tl.constexpr, ACC: tl.constexpr):
+def _logit(s, q, i, ok, margin_ptr, per_temperature, HAS_MARGIN: tl.constexpr, ACC: tl.constexpr):
     """z = (s + margin where not a target) / temperature."""
     if HAS_MARGIN:
         margin = tl.load(margin_ptr + i, mask=ok, other=0.0).to(ACC)
         s += tl.where(q > 0, 0.0, margin)
-    return s / temperature
+    return s * per_temperature
 
 
 @triton.jit
@@ -182,12 +191,13 @@ def _listwise_fwd_kernel(
     CENTER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, BATCHED: tl.constexpr,
     ALIGN: tl.constexpr, HAS_MARGIN: tl.constexpr, HAS_GROUP_WEIGHT: tl.constexpr,
     HAS_NUM_ITEMS: tl.constexpr, REDUCTION: tl.constexpr, DWEIGHT: tl.constexpr,
-    INVERSE: tl.constexpr,
+    INVERSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     LABELS: tl.constexpr = SOFT or SMOOTH  # else one label a group, of mass 1
     partial_ptr, divisor_ptr, pieces_ptr, stats_ptr, marks_ptr, inverse_ptr = _places(
         state_ptr, index_ptr, G, D, DWEIGHT
     )
+    notes_ptr = stats_ptr + tl.cast(N, tl.int64) * (4 if SOFT or CENTER else 2)
     temperature = tl.full((), temperature, ACC)
     label_smoothing = tl.full((), label_smoothing, ACC)
     center_coef = tl.full((), center_coef, ACC)
@@ -200,19 +210,18 @@ def _listwise_fwd_kernel(
 
     # n is the group of the next row; m, s, k, Q, r of its rows before that, in this program.
     n = find_group(offsets_ptr, start, N, 32)
-    first, last, best, gw, counted = _group(
-        offsets_ptr, target_ptr, group_weight_ptr, n, start < end, SOFT, HAS_GROUP_WEIGHT, ACC
-    )
     m, s, k, Q, r = _nothing(ACC)
-    is_head = first < start
+    head = tl.where(load_index(offsets_ptr + n, start < end, 0) < start, n, -1)
     mark = marks_ptr + pid * MARKS
     piece = pieces_ptr + pid * PIECES
+    notes_ptr += pid * (NOTES + 2 * ROWS)
     tl.store(mark, n)
     tl.store(mark + 2, 0)
     if not ONE_PROGRAM:
-        _store_piece(piece, m, s, k, Q, r, LABELS, CENTER)
-    groups = tl.full((), 0, tl.int32)
-    loss = tl.zeros((), ACC)
+        _store_piece(piece, m, s, k, Q, r, True, LABELS, CENTER)
+    per_temperature = 1 / temperature
+    groups = tl.zeros((ROWS,), tl.int32)
+    loss = tl.zeros((ROWS,), ACC)
     if DWEIGHT:
         partial_ptr += pid.to(tl.int64) * 3 * D
         done0 = tl.zeros((D0,), ACC)
@@ -221,94 +230,86 @@ def _listwise_fwd_kernel(
             done1 = tl.zeros((D1,), ACC)
             open1 = tl.zeros((D1,), ACC)
 
-    for block in range(start, end, BLOCK_M):
-        i_block = block + tl.arange(0, BLOCK_M)
-        ok = i_block < end
-        t, found = candidate_rows(rows_ptr, i_block, ok, T, HAS_ROWS)
-        at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
-        scores = dot_rows(hidden_ptr, at, found, weight_ptr, 0, D0, D, ACC)
-        if D1 > 0:
-            scores += dot_rows(hidden_ptr, at, found, weight_ptr, D0, D1, D, ACC)
-        scores = tl.where(found, scores + bias, float("nan"))
-        tl.store(scores_ptr + i_block, scores, mask=ok)
-        if INVERSE:
-            tl.store(inverse_ptr + t, i_block, mask=found)
+    for block in range(start, end, ROWS):
+        stop = block + tl.minimum(ROWS, end - block)
+        for some in range(block, stop, BLOCK_M):
+            i = some + tl.arange(0, BLOCK_M)
+            ok = i < stop
+            t, found = candidate_rows(rows_ptr, tl.minimum(i, stop - 1), True, T, HAS_ROWS)
+            at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
+            scores = dot_rows(hidden_ptr, at, weight_ptr, 0, D0, D, ACC)
+            if D1 > 0:
+                scores += dot_rows(hidden_ptr, at, weight_ptr, D0, D1, D, ACC)
+            scores = tl.where(found, scores + bias, float("nan"))
+            tl.store(scores_ptr + i, scores, mask=ok)
+            if INVERSE:
+                tl.store(inverse_ptr + t, i, mask=ok & found)
 
-        for i in range(block, tl.minimum(block + BLOCK_M, end)):
-            score = _at(scores, i_block == i)
-            size = (last - first).to(ACC)
-            if SOFT:
-                q = tl.load(target_ptr + i).to(ACC)
-            else:
-                q = (i == best).to(ACC)
-            z = _logit(score, q, i, i < end, margin_ptr, temperature, HAS_MARGIN, ACC)
-            m_before = m
-            m = tl.maximum(m_before, z)
-            shift = _shift(m_before, m)
-            e = tl.where(z == float("-inf"), 0.0, tl.exp(z - m))
-            s = s * shift + e
-            if LABELS:
-                label = _smooth(q, size, label_smoothing, SMOOTH, ACC)
-                k = _moved(k, Q, m_before, m) + tl.where(label == 0, 0.0, label * (z - m))
-                Q += label
-            else:
-                label = q
-                k = tl.where(q > 0, z, k)
-            if CENTER:
-                r += score
+        # By way of memory: each thread has all scores and would weigh all rows; a lane, one row.
+        tl.debug_barrier()
+        lost, counted = _weigh_rows(
+            block, stop, start, head, n, m, s, k, Q, r, offsets_ptr, target_ptr, margin_ptr,
+            group_weight_ptr, loss_ptr, scores_ptr, stats_ptr, mark, piece, notes_ptr, N,
+            per_temperature, label_smoothing, center_coef,
+            ROWS, ACC, SOFT, SMOOTH, CENTER, HAS_MARGIN, HAS_GROUP_WEIGHT, REDUCTION, DWEIGHT,
+        )  # fmt: skip
+        loss += lost
+        groups += counted
+        tl.debug_barrier()
+        n = tl.load(mark + 1)
+        m, s, k = tl.load(notes_ptr), tl.load(notes_ptr + 1), tl.load(notes_ptr + 2)
+        if LABELS:
+            Q = tl.load(notes_ptr + 3)
+        if CENTER:
+            r = tl.load(notes_ptr + 4)
 
-            closes = i == last - 1
-            if DWEIGHT:
-                # `open` waits for the group's sum; what the labels take is known now.
-                # A row that does not exist has a NaN score, whatever is read in its place.
-                t_i, found_i = candidate_rows(rows_ptr, i, i < end, T, HAS_ROWS)
-                row = hidden_ptr + row_start(t_i, S, stride_b, stride_s, BATCHED, ALIGN)
-                take = gw * label / temperature
-                takes = (label != 0) & (gw != 0)
-                h0 = load_row(row, 0, D0, D, ACC)
-                open0 = shift * open0 + e * h0
-                if takes:
-                    done0 -= take * h0
-                if D1 > 0:
-                    h1 = load_row(row, D0, D1, D, ACC)
-                    open1 = shift * open1 + e * h1
-                    if takes:
-                        done1 -= take * h1
-            if closes:
-                if is_head:
-                    tl.store(mark + 2, 1)
-                    _store_piece(piece, m, s, k, Q, r, LABELS, CENTER)
-                    if DWEIGHT:
+        if DWEIGHT:
+            finish, keep = tl.load(notes_ptr + 5), tl.load(notes_ptr + 6)
+            done0 += finish * open0
+            open0 *= keep
+            if D1 > 0:
+                done1 += finish * open1
+                open1 *= keep
+            # First the rows of a head that ends, then of groups that are done, of one that goes on.
+            begin = block
+            until = block + tl.load(mark + 6)
+            for part in tl.static_range(3):
+                for i in range(begin, until):
+                    weight = tl.load(notes_ptr + NOTES + i - block)
+                    if weight != 0:
+                        t, found = candidate_rows(rows_ptr, i, True, T, HAS_ROWS)
+                        row = hidden_ptr + row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
+                        h0 = load_row(row, 0, D0, D, ACC)
+                        if D1 > 0:
+                            h1 = load_row(row, D0, D1, D, ACC)
+                        if part == 1:
+                            done0 += weight * h0
+                            if D1 > 0:
+                                done1 += weight * h1
+                        else:
+                            open0 += weight * h0
+                            if D1 > 0:
+                                open1 += weight * h1
+                if part != 1:  # what the labels take is known
+                    for i in range(begin, until):
+                        take = tl.load(notes_ptr + NOTES + ROWS + i - block)
+                        if take != 0:
+                            t, found = candidate_rows(rows_ptr, i, True, T, HAS_ROWS)
+                            row = hidden_ptr + row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
+                            done0 -= take * load_row(row, 0, D0, D, ACC)
+                            if D1 > 0:
+                                done1 -= take * load_row(row, D0, D1, D, ACC)
+                if part == 0:
+                    if until > begin:
                         store_columns(partial_ptr + D, open0, 0, D0, D)
+                        open0 = tl.zeros((D0,), ACC)
                         if D1 > 0:
                             store_columns(partial_ptr + D, open1, D0, D1, D)
-                else:
-                    if not LABELS:
-                        Q = tl.full((), 1.0, ACC)
-                    lost = _group_loss(gw, m, s, k, Q, r, size, center_coef, LABELS, CENTER)
-                    loss += lost
-                    _store_stats(stats_ptr, n, N, m, s, Q, r, closes, SOFT, CENTER)
-                    if REDUCTION == "none":
-                        tl.store(loss_ptr + n, lost)
-                    if DWEIGHT:
-                        if gw != 0:
-                            finish = gw * Q / (s * temperature)
-                            done0 += finish * open0
-                            if D1 > 0:
-                                done1 += finish * open1
-                if DWEIGHT:
-                    open0 = tl.zeros((D0,), ACC)
-                    if D1 > 0:
-                        open1 = tl.zeros((D1,), ACC)
-                groups += counted
-                m, s, k, Q, r = _nothing(ACC)
-                is_head = pid < 0
-                n = tl.minimum(n + 1, N - 1)
-                first, last, best, gw, counted = _group(
-                    offsets_ptr, target_ptr, group_weight_ptr, n, closes, SOFT, HAS_GROUP_WEIGHT,
-                    ACC,
-                )  # fmt: skip
+                            open1 = tl.zeros((D1,), ACC)
+                begin = until
+                until = tl.where(part == 0, block + tl.load(mark + 7), stop)
 
+    loss, groups = tl.sum(loss, axis=0), tl.sum(groups, axis=0)
     tail_open = (s != 0).to(tl.int32)
     if DWEIGHT:
         store_columns(partial_ptr, done0, 0, D0, D)
@@ -320,7 +321,6 @@ def _listwise_fwd_kernel(
                 store_columns(partial_ptr + 2 * D, open1, D0, D1, D)
     broken = _broken_offsets(offsets_ptr, pid, G, M, N)
 
-    tl.store(mark + 1, n)
     tl.store(mark + 3, groups)
     tl.store(mark + 4, tail_open)
     tl.store(mark + 5, broken)
@@ -330,7 +330,7 @@ def _listwise_fwd_kernel(
             HAS_NUM_ITEMS, REDUCTION, ACC,
         )  # fmt: skip
     else:
-        _store_piece(piece + 5, m, s, k, Q, r, LABELS, CENTER)
+        _store_piece(piece + 5, m, s, k, Q, r, True, LABELS, CENTER)
         tl.store(piece + 10, loss)
         # The last of FAN neighbours joins their pieces into one, then the last of those joins all.
         levels = tl.where(G > FAN, 2, 1)
@@ -362,14 +362,132 @@ def _listwise_fwd_kernel(
 
 
 @triton.jit
-def _store_piece(ptr, m, s, k, Q, r, LABELS: tl.constexpr, CENTER: tl.constexpr):
-    tl.store(ptr, m)
-    tl.store(ptr + 1, s)
-    tl.store(ptr + 2, k)
+def _weigh_rows(
+    block, stop, start, head, n, m, s, k, Q, r, offsets_ptr, target_ptr, margin_ptr,
+    group_weight_ptr, loss_ptr, scores_ptr, stats_ptr, mark, piece, notes_ptr, N,
+    per_temperature, label_smoothing, center_coef,
+    ROWS: tl.constexpr, ACC: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr,
+    CENTER: tl.constexpr, HAS_MARGIN: tl.constexpr, HAS_GROUP_WEIGHT: tl.constexpr,
+    REDUCTION: tl.constexpr, DWEIGHT: tl.constexpr,
+):  # fmt: skip
+    """The softmax of rows `block` to `stop`, one a lane: ends the groups that end there and notes
+    what is added of each row to which sum. Returns lanes of losses and of groups counted.
+    """
+    LABELS: tl.constexpr = SOFT or SMOOTH
+    lane = tl.arange(0, ROWS)
+    i = block + lane
+    ok = i < stop
+    # The group of a row: as many bounds after n's first are not beyond it, found by bisection.
+    bounds = load_index(offsets_ptr + n + 1 + lane, n + 1 + lane <= N, 2147483647)
+    passed = lane * 0
+    for step in tl.static_range(1, 16):
+        if ROWS >> step > 0:
+            beyond = tl.gather(bounds, passed + (ROWS >> step) - 1, 0) > i
+            passed += tl.where(beyond, 0, ROWS >> step)
+    g = tl.minimum(n + passed, N - 1)
+    last = tl.gather(bounds, passed, 0)
+    first = load_index(offsets_ptr + g, ok, 0)
+    best, gw, counted = _group(
+        first, last, target_ptr, group_weight_ptr, g, ok, SOFT, HAS_GROUP_WEIGHT, ACC
+    )
+    size = (last - first).to(ACC)
+    if SOFT:
+        q = tl.load(target_ptr + i, mask=ok, other=0.0).to(ACC)
+    else:
+        q = (i == best).to(ACC)
+    score = tl.load(scores_ptr + i, mask=ok, other=0.0)
+    z = _logit(score, q, i, ok, margin_ptr, per_temperature, HAS_MARGIN, ACC)
+    exists = z != float("-inf")
+    label = _smooth(q, size, label_smoothing, SMOOTH, ACC)
+
+    # All sums are relative to the maximum that the group has after these rows.
+    is_first, is_last = lane == 0, i == stop - 1
+    last_lane = tl.minimum(tl.maximum(tl.minimum(last, stop) - 1 - block, 0), ROWS - 1)
+    m_i = tl.where(is_first, tl.maximum(z, m), z)
+    _, m_i = tl.associative_scan((g, m_i), 0, _max_of_group)
+    m_i = tl.gather(m_i, last_lane, 0)
+    shift = _shift(m, m_i)
+    e = tl.where(exists, tl.exp(z - m_i), 0.0)
+    s_i = tl.where(is_first, s * shift + e, e)
+    Q_i = tl.zeros((ROWS,), ACC)
+    r_i = tl.zeros((ROWS,), ACC)
     if LABELS:
-        tl.store(ptr + 3, Q)
+        k_i = tl.where(label == 0, 0.0, label * (z - m_i))
+        k_i += tl.where(is_first, _moved(k, Q, m, m_i), 0.0)
+        Q_i = tl.where(is_first, label + Q, label)
+    else:
+        k_i = tl.where(q > 0, z, 0.0) + tl.where(is_first, k, 0.0)
     if CENTER:
-        tl.store(ptr + 4, r)
+        r_i = tl.where(is_first, score + r, score)
+    _, s_i, k_i, Q_i, r_i = tl.associative_scan((g, s_i, k_i, Q_i, r_i), 0, _sums_of_group)
+
+    closes = ok & (i == last - 1)
+    is_head = first < start
+    inside = closes & ~is_head
+    mass = tl.full((ROWS,), 1.0, ACC)
+    if LABELS:
+        mass = Q_i
+    lost = _group_loss(gw, m_i, s_i, k_i, mass, r_i, size, center_coef, LABELS, CENTER)
+    _store_stats(stats_ptr, g, N, m_i, s_i, mass, r_i, inside, SOFT, CENTER)
+    if REDUCTION == "none":
+        tl.store(loss_ptr + g, lost, mask=inside)
+    here = lane * 0
+    head_rows = here
+    if n == head:
+        tl.store(mark + 2 + here, 1, mask=closes & is_head)
+        _store_piece(piece + here, m_i, s_i, k_i, Q_i, r_i, closes & is_head, LABELS, CENTER)
+        head_rows = tl.where(last <= stop, tl.maximum(last - block, 0), 0)
+    _store_piece(
+        notes_ptr + here, tl.where(closes, float("-inf"), m_i), tl.where(closes, 0.0, s_i),
+        tl.where(closes, 0.0, k_i), tl.where(closes, 0.0, Q_i), tl.where(closes, 0.0, r_i),
+        is_last, LABELS, CENTER,
+    )  # fmt: skip
+    tl.store(mark + 1 + here, tl.minimum(g + closes.to(tl.int32), N - 1), mask=is_last)
+
+    if DWEIGHT:
+        ends = last <= stop
+        final = ends & ~is_head
+        counts = ok & (gw != 0)
+        finish = gw * per_temperature / tl.gather(s_i, last_lane, 0)
+        if LABELS:
+            finish *= tl.gather(Q_i, last_lane, 0)
+        finish = tl.where(counts, finish, 0.0)
+        take = tl.where(counts & (label != 0), gw * label * per_temperature, 0.0)
+        weight = tl.where(final, finish * e - take, tl.where(counts, e, 0.0))
+        tl.store(notes_ptr + NOTES + lane, weight)
+        tl.store(notes_ptr + NOTES + ROWS + lane, take)
+        # What the first row's group has so far is done, or moves to its new maximum.
+        tl.store(notes_ptr + 5 + here, tl.where(final, finish * shift, 0.0), mask=is_first)
+        tl.store(notes_ptr + 6 + here, tl.where(final, 0.0, shift), mask=is_first)
+        tl.store(mark + 6 + here, head_rows, mask=is_first)
+        going_on = tl.minimum(tl.maximum(first, block), stop)  # where the group that does begins
+        tl.store(mark + 7 + here, tl.where(ends, stop, going_on) - block, mask=is_last)
+    return tl.where(inside, lost, 0.0), tl.where(closes, counted, 0)
+
+
+@triton.jit
+def _max_of_group(n0, m0, n1, m1):
+    return n1, tl.where(n0 == n1, tl.maximum(m0, m1), m1)
+
+
+@triton.jit
+def _sums_of_group(n0, s0, k0, q0, r0, n1, s1, k1, q1, r1):
+    same = n0 == n1
+    return (
+        n1, tl.where(same, s0, 0.0) + s1, tl.where(same, k0, 0.0) + k1,
+        tl.where(same, q0, 0.0) + q1, tl.where(same, r0, 0.0) + r1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_piece(ptr, m, s, k, Q, r, ok, LABELS: tl.constexpr, CENTER: tl.constexpr):
+    tl.store(ptr, m, mask=ok)
+    tl.store(ptr + 1, s, mask=ok)
+    tl.store(ptr + 2, k, mask=ok)
+    if LABELS:
+        tl.store(ptr + 3, Q, mask=ok)
+    if CENTER:
+        tl.store(ptr + 4, r, mask=ok)
 
 
 @triton.jit
@@ -407,8 +525,9 @@ def _join_neighbours(
     broken = tl.max(tl.load(mark + 5, mask=is_head, other=0, cache_modifier=".cg"), axis=0)
     g, m, s, k, Q, r = tl.associative_scan((g, m, s, k, Q, r), 0, _join_pieces)
 
-    first, last, best, gw, counted = _group(
-        offsets_ptr, target_ptr, group_weight_ptr, g, closes, SOFT, HAS_GROUP_WEIGHT, ACC
+    first, last = _bounds(offsets_ptr, g, closes)
+    best, gw, counted = _group(
+        first, last, target_ptr, group_weight_ptr, g, closes, SOFT, HAS_GROUP_WEIGHT, ACC
     )
     finished = closes & (first >= first_row)
     if LABELS:
@@ -434,12 +553,12 @@ def _join_neighbours(
         tl.store(to_mark + 5, broken)
         m_head = tl.max(tl.where(head, m, float("-inf")), axis=0)
         _store_piece(
-            to_piece, m_head, _at(s, head), _at(k, head), _at(Q, head), _at(r, head),
+            to_piece, m_head, _at(s, head), _at(k, head), _at(Q, head), _at(r, head), keep,
             LABELS, CENTER,
         )  # fmt: skip
         _store_piece(
             to_piece + 5, _at(m, tail), _at(s, tail), _at(k, tail), _at(Q, tail), _at(r, tail),
-            LABELS, CENTER,
+            keep, LABELS, CENTER,
         )  # fmt: skip
         tl.store(to_piece + 10, loss)
     return loss, groups, broken
@@ -548,8 +667,9 @@ def _listwise_bwd_kernel(
             i = block + tl.arange(0, BLOCK_M)
             ok = i < end
             g, n = _block_groups(offsets_ptr, i, n, N, tl.minimum(block + BLOCK_M, end), BLOCK_M)
-            first, last, best, gw, counted = _group(
-                offsets_ptr, target_ptr, group_weight_ptr, g, ok, SOFT, HAS_GROUP_WEIGHT, ACC
+            first, last = _bounds(offsets_ptr, g, ok)
+            best, gw, counted = _group(
+                first, last, target_ptr, group_weight_ptr, g, ok, SOFT, HAS_GROUP_WEIGHT, ACC
             )
             size = (last - first).to(ACC)
             if SOFT:
@@ -557,7 +677,7 @@ def _listwise_bwd_kernel(
             else:
                 q = (i == best).to(ACC)
             s = tl.load(scores_ptr + i, mask=ok, other=0.0)
-            z = _logit(s, q, i, ok, margin_ptr, temperature, HAS_MARGIN, ACC)
+            z = _logit(s, q, i, ok, margin_ptr, 1 / temperature, HAS_MARGIN, ACC)
             stat = stats_ptr + g
             m = tl.load(stat, mask=ok, other=0.0)
             log_s = tl.load(stat + N, mask=ok, other=0.0)
@@ -621,8 +741,9 @@ def _sum_partials(
             mark = marks_ptr + p * MARKS
             has = ok & (tl.load(mark + 2 + 2 * slot, mask=ok, other=0) == 1)
             g = tl.load(mark + slot, mask=has, other=0)
-            first, last, best, gw, counted = _group(
-                offsets_ptr, target_ptr, group_weight_ptr, g, has, SOFT, HAS_GROUP_WEIGHT, ACC
+            first, last = _bounds(offsets_ptr, g, has)
+            best, gw, counted = _group(
+                first, last, target_ptr, group_weight_ptr, g, has, SOFT, HAS_GROUP_WEIGHT, ACC
             )
             m = tl.load(pieces_ptr + p * PIECES + 5 * slot, mask=has, other=0.0)
             stat = stats_ptr + g

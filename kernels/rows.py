@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+PACKED = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+CACHED = 160 * 2**10  # bytes of rows that a multiprocessor's L1 cache keeps
 MOST = 2**31 - 2**10  # rows: those of a block that goes beyond the last still have 32-bit numbers
 
 
@@ -24,6 +26,7 @@ class Tile:
     BLOCK_M: int  # rows read together
     num_warps: int
     programs_per_sm: int
+    ROWS: int = 1  # rows weighed together, then read again
 
     @property
     def registers(self) -> int:
@@ -43,7 +46,10 @@ def tile(D: int, element_size: int) -> Tile:
     spare = max((80 if D <= 512 else 144) - 2 * values, 0)  # registers for rows on their way
     rows_read = max(min(4 * spare // (values * element_size), 16 if D <= 128 else 4), 1)
     BLOCK_M = 1 << rows_read.bit_length() - 1
-    return Tile(D0, D1, BLOCK_M, num_warps, 12 if D <= 512 else 8 // num_warps)
+    programs = 12 if D <= 512 else 8 // num_warps
+    cached = max(CACHED // (programs * D * element_size), 1)
+    ROWS = max(min(1 << cached.bit_length() - 1, 16), BLOCK_M)
+    return Tile(D0, D1, BLOCK_M, num_warps, programs, ROWS)
 
 
 def options(t: Tile, cuda: bool = torch.version.hip is None) -> dict[str, Any]:
@@ -109,11 +115,16 @@ def row_start(t, S, stride_b, stride_s, BATCHED: tl.constexpr, ALIGN: tl.constex
 
 
 @triton.jit
-def dot_rows(ptr, start, ok, weight_ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr,
+def dot_rows(ptr, start, weight_ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr,
              ACC: tl.constexpr):  # fmt: skip
     """(BLOCK_M,) products of the rows that begin at `start` with the weight, columns LO.. only."""
-    w = load_columns(weight_ptr, LO, DC, D, ACC)
-    return tl.sum(load_tile(ptr, start, ok, LO, DC, D, ACC) * w[None, :], axis=1)
+    cols = LO + tl.arange(0, DC)
+    at = ptr + start[:, None] + cols[None, :]
+    if LO + DC <= D:
+        h = tl.load(at)
+    else:
+        h = tl.load(at, mask=(cols < D)[None, :], other=0.0)
+    return tl.sum(widen(h, ACC) * load_columns(weight_ptr, LO, DC, D, ACC)[None, :], axis=1)
 
 
 @triton.jit
@@ -126,7 +137,7 @@ def load_tile(ptr, start, ok, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexp
     else:
         mask = ok[:, None] & (cols < D)[None, :]
     at = ptr + start[:, None] + cols[None, :]
-    return tl.load(at, mask=mask, other=0.0).to(ACC)
+    return widen(tl.load(at, mask=mask, other=0.0), ACC)
 
 
 @triton.jit
@@ -137,14 +148,27 @@ def load_row(ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr, ACC: tl.c
         h = tl.load(ptr + cols, eviction_policy="evict_first")
     else:
         h = tl.load(ptr + cols, mask=cols < D, other=0.0, eviction_policy="evict_first")
-    return h.to(ACC)
+    return widen(h, ACC)
+
+
+@triton.jit
+def widen(h, ACC: tl.constexpr):
+    """h in ACC; two of bf16 take two instructions, where the compiler finds three."""
+    if PACKED and h.dtype == tl.bfloat16 and ACC == tl.float32:
+        wide = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [h], dtype=tl.float32,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        wide = h.to(ACC)
+    return wide
 
 
 @triton.jit
 def load_columns(ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
     """(DC,) values at columns LO.. of a vector; 0 beyond D."""
     cols = LO + tl.arange(0, DC)
-    return tl.load(ptr + cols, mask=cols < D, other=0.0).to(ACC)
+    return widen(tl.load(ptr + cols, mask=cols < D, other=0.0), ACC)
 
 
 @triton.jit

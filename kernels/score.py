@@ -39,11 +39,11 @@ def _score_fwd_kernel(
     for block in range(start, end, BLOCK_M):
         i = block + tl.arange(0, BLOCK_M)
         ok = i < end
-        t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
+        t, found = candidate_rows(rows_ptr, tl.minimum(i, end - 1), True, T, HAS_ROWS)
         at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
-        s = dot_rows(hidden_ptr, at, found, weight_ptr, 0, D0, D, ACC)
+        s = dot_rows(hidden_ptr, at, weight_ptr, 0, D0, D, ACC)
         if D1 > 0:
-            s += dot_rows(hidden_ptr, at, found, weight_ptr, D0, D1, D, ACC)
+            s += dot_rows(hidden_ptr, at, weight_ptr, D0, D1, D, ACC)
         tl.store(scores_ptr + i, tl.where(found, s + bias, float("nan")), mask=ok)
 
 

@@ -63,6 +63,7 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
         HAS_ROWS=False, BATCHED=False, ALIGN=math.gcd(D, 16), HAS_MARGIN=False,
         HAS_GROUP_WEIGHT=False, HAS_NUM_ITEMS=False, REDUCTION="mean", DWEIGHT=True,
         INVERSE=False, DHIDDEN=True, PARTIAL=True, SLICED=True, ZERO=True, COEF=False,
+        ROWS=t.ROWS,
     )  # fmt: skip
     if name in KERNELS["heads"]:
         meta |= dict(E=4, BLOCK_E=t.D1, BLOCK_D=t.D0, UNROLL=t.BLOCK_M)
@@ -338,6 +339,8 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["launches"]:
         launches()
     else:
+        if any("gfx" in word for word in sys.argv):
+            rows.PACKED = triton.language.constexpr(False)  # as torch for ROCm decides by itself
         for plus, words in itertools.groupby(sys.argv[1:], lambda word: word == "+"):
             if not plus:
                 report(*words)

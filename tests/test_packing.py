@@ -66,8 +66,8 @@ class Float64(TorchFunctionMode):
         return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
 
 
-def make(kind, attention="sdpa", seed=0):
-    options = dict(pad_token_id=0, use_cache=False, **KINDS.get(kind, {}))
+def make(kind, attention="sdpa", seed=0, **more):
+    options = dict(pad_token_id=0, use_cache=False, **KINDS.get(kind, {})) | more
     if kind == "granite":
         model = GraniteReward(GraniteConfig(**make_decoder().config.to_dict() | options))
         model.load_state_dict(make_decoder(seed=seed).state_dict())  # it has llama's layers
@@ -118,6 +118,7 @@ def gradients(model):
 def in_layout(model, examples, layout, cost=None):
     head = attach_head(model)
     batch = RaggedCollator(0, not is_encoder(model), [layout], cost)(examples)
+    batch = packing.to_device(batch, model.device)
     with torch.no_grad(), head.reading(batch) as result:
         packing.run(model, batch, model.config)
     with head.fitting(batch):
@@ -350,6 +351,21 @@ def test_flex_attention_takes_the_same_mask_in_blocks():
     found = blocks.mask_mod(b[:, None, None, None], 0, i[:, None], i)
     assert torch.equal(found, packing._bool_mask(ends, positions, WINDOW))
     assert len(blocks.shape) == 4 and len(ends) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2", "gemma3_text"])
+def test_layouts_on_a_gpu_give_what_one_by_one_gives_here(kind, attention):
+    """In fp32 against fp64 on the CPU; FlexAttention runs no backward but on a GPU."""
+    expected = alone(make(kind, "eager", head_dim=16), RAGGED)
+    model = make(kind, attention, head_dim=16).float().cuda()  # the least that it compiles for
+    scale = max(float(g.abs().max()) for g in (expected[0], *expected[1].values()))
+    for layout in ("packed", "shared"):
+        hidden, found = in_layout(model, RAGGED, layout)
+        found = hidden.cpu(), {name: g.cpu() for name, g in found.items()}
+        assert difference(expected, found) <= 1e-4 * scale, layout
 
 
 def test_adapters_train_in_every_layout():
