@@ -148,7 +148,8 @@ def group_of(offsets: Tensor, M: int) -> Tensor:
     """(M,) int64: the group of each candidate; a valid one whatever `offsets` hold."""
     i = torch.arange(M, device=offsets.device)
     last = max(offsets.shape[0] - 2, 0)
-    return torch.searchsorted(offsets[1:].long().contiguous(), i, right=True).clamp(max=last)
+    # Not in offsets[1:]: torch.compile searches a slice on a GPU from its tensor's beginning.
+    return torch.searchsorted(offsets.long().contiguous(), i, right=True).sub(1).clamp(0, last)
 
 
 def order_by_rank(ranks: Tensor, group: Tensor) -> Tensor:

@@ -75,13 +75,17 @@ class _ListwiseLoss(torch.autograd.Function):
         again = hidden if needs_dweight and fused.reads_twice(options[3], options[2]) else None
         ctx.save_for_backward(weight, bias, again, rows, *state)
         ctx.mark_non_differentiable(scores)
+        if not torch.compiler.is_compiling():  # which does not know it, and needs it not
+            ctx.set_materialize_grads(False)  # else zeros are made for the scores
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         ctx.options = options
         return loss, scores
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         _refuse_second_order()
+        if grad is None:  # of a loss that nothing depends on
+            return (None,) * 10
         weight, bias, hidden, rows, *state = ctx.saved_tensors
         grads = backends.FUSED["triton"].listwise_bwd(
             grad, weight, rows, tuple(state), hidden, ctx.shape, ctx.dtype, ctx.options,

@@ -141,7 +141,10 @@ def _acc(dtype: torch.dtype) -> torch.dtype:
 class _Head:
     """What every launch over hidden needs: strides, sizes, tile and the split of M rows."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, chosen: Tensor | None) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, chosen: Tensor | None,
+        tile: Callable[[int, int], rows.Tile] | None = None,
+    ) -> None:  # fmt: skip
         *batch, self.D = hidden.shape
         self.E = _heads(weight)
         self.T = math.prod(batch)
@@ -154,7 +157,7 @@ class _Head:
         self.weight = weight.contiguous()
         self.hidden, self.S, self.stride_b, self.stride_s = rows.row_strides(hidden)
         self.align = math.gcd(self.stride_b, self.stride_s, 16)
-        self.tile = rows.tile(self.D, hidden.element_size())
+        self.tile = (tile or rows.tile)(self.D, hidden.element_size())
         self.G, self.per_program = rows.split(self.M, self.tile, hidden.device)
 
     def key(self) -> tuple[Any, ...]:
@@ -307,7 +310,7 @@ def _listwise_fwd(
     needs_dweight: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Loss, scores, and the two buffers that listwise.py describes: state and index."""
-    head = _Head(hidden, weight, chosen)
+    head = _Head(hidden, weight, chosen, rows.forward_tile)
     M, N, G = head.M, offsets.shape[0] - 1, head.G
     soft = target.is_floating_point()
     one_pass, inverted = _plan(chosen, reduction, center_coef, needs_grad, needs_dweight)
@@ -331,7 +334,7 @@ def _listwise_fwd(
             HAS_BIAS=bias is not None, HAS_ROWS=chosen is not None, **head.layout(),
             HAS_MARGIN=margin is not None, HAS_GROUP_WEIGHT=group_weight is not None,
             HAS_NUM_ITEMS=num_items is not None, REDUCTION=reduction, DWEIGHT=one_pass,
-            INVERSE=inverted, ROWS=head.tile.ROWS,
+            INVERSE=inverted,
         ),
         head.tile,
     )  # fmt: skip
@@ -367,7 +370,7 @@ def _pieces(G: int) -> int:
 
 def _state_size(G: int, N: int, t: rows.Tile, soft: bool, center_coef: float) -> int:
     """Numbers in state beside partial."""
-    notes = G * (listwise.NOTES.value + 2 * t.ROWS)
+    notes = G * (listwise.NOTES.value + 2 * t.BLOCK_M)
     return 1 + _pieces(G) * listwise.PIECES.value + (4 if soft or center_coef else 2) * N + notes
 
 
@@ -382,18 +385,19 @@ def _listwise_bwd(
     """dhidden, dweight and dbias; empty where not needed."""
     *batch, D = shape
     T, M, N = math.prod(batch), scores.shape[0], offsets.shape[0] - 1
-    t = rows.tile(D, dtype.itemsize)
+    t, forward_t = rows.write_tile(D), rows.forward_tile(D, dtype.itemsize)
     dhidden, dweight, dbias = _gradients(
         weight, scores, shape, dtype, center_coef, needs_dhidden, needs_dweight, needs_dbias
     )
     if M == 0 or N == 0:
         return [dhidden.zero_(), dweight.zero_(), dbias.zero_()]
-    G, _ = rows.split(M, t, weight.device)
+    G, _ = rows.split(M, forward_t, weight.device)
     soft = target.is_floating_point()
-    one_pass = state.numel() > _state_size(G, N, t, soft, center_coef)  # what forward was told
+    # what forward was told
+    one_pass = state.numel() > _state_size(G, N, forward_t, soft, center_coef)
     again = needs_dweight and not one_pass
     wants_coef = again or (needs_dbias and center_coef != 0)
-    coef = torch.empty_like(scores) if wants_coef else None
+    coef = scores.new_empty(M) if needs_dhidden or wants_coef else None
     zero = dbias if needs_dbias and center_coef == 0 else None
     programs, per_program, rows_per_program = 0, 1, 1
     if needs_dhidden or wants_coef:
@@ -409,7 +413,7 @@ def _listwise_bwd(
         _launch_listwise_bwd(
             programs + slices * columns, weight.device,
             (D, dtype, _aligned(weight_d), label_smoothing != 0, center_coef != 0, reduction,
-             needs_dhidden, zero is None, sums is None, wants_coef, one_pass,
+             needs_dhidden, zero is None, sums is None, coef is None, one_pass,
              *_dtypes(grad, weight, offsets, target, chosen, margin, group_weight)),
             (grad.contiguous(), weight_d, offsets.contiguous(), target.contiguous(),
              _contiguous(chosen), _contiguous(margin), _contiguous(group_weight), scores, state,
@@ -421,7 +425,7 @@ def _listwise_bwd(
                 SMOOTH=label_smoothing != 0, CENTER=center_coef != 0, HAS_ROWS=chosen is not None,
                 HAS_MARGIN=margin is not None, HAS_GROUP_WEIGHT=group_weight is not None,
                 REDUCTION=reduction, DHIDDEN=needs_dhidden, PARTIAL=one_pass,
-                SLICED=sums is not None, ZERO=zero is not None, COEF=wants_coef,
+                SLICED=sums is not None, ZERO=zero is not None, ROWS=t.ROWS,
             ),
             t,
         )  # fmt: skip
@@ -645,7 +649,7 @@ def _(
     T = math.prod(hidden.shape[:-1])
     M = T if chosen is None else chosen.shape[0]
     # A tile is made for one D, so a compiled graph is too.
-    t = rows.tile(int(hidden.shape[-1]), hidden.dtype.itemsize)
+    t = rows.forward_tile(int(hidden.shape[-1]), hidden.dtype.itemsize)
     G, _ = rows.split(M, t, hidden.device)
     one_pass, inverted = _plan(chosen, reduction, center_coef, needs_grad, needs_dweight)
     soft = target.is_floating_point()

@@ -11,7 +11,7 @@ Buffers between forward and backward (A is fp32, or fp64 for fp64 hidden), besid
                               its tail, and the loss of the groups inside it
          stats (2|4, N) A     per group: max of z, log Σ exp(z - max); with soft labels or centring
                               also the label mass Q and the score sum
-         notes (G, 7 + 2 ROWS) A  of forward alone, per program: what comes before the next rows
+         notes (G, 7 + 2 BLOCK_M) A  of forward alone, per program: what comes before the next rows
                               (max, Σ exp, label term, Q, score sum), what its open sum is added to
                               the done one with and kept with; per row its weight in a sum, and what
                               its label takes
@@ -31,6 +31,7 @@ from fastrm_kernels.rows import (
     load_columns,
     load_index,
     load_row,
+    load_rows,
     row_start,
     store_columns,
     store_outer,
@@ -97,14 +98,20 @@ def _logit(s, q, i, ok, margin_ptr, per_temperature, HAS_MARGIN: tl.constexpr, A
 
 
 @triton.jit
-def _block_groups(offsets_ptr, i, n, N, block_end, BLOCK_M: tl.constexpr):
-    """Groups of BLOCK_M consecutive candidates, the first of which is in n, and of block_end."""
-    j = n + 1 + tl.arange(0, BLOCK_M)
+def _groups_of_rows(offsets_ptr, i, ok, n, N, ROWS: tl.constexpr):
+    """Group and its bounds of each of ROWS consecutive candidates, the first of which is in n.
+
+    As many groups further as bounds from n's last on are not beyond the row, found by bisection.
+    """
+    j = n + 1 + tl.arange(0, ROWS)
     bounds = load_index(offsets_ptr + j, j <= N, 2147483647)
-    passed = bounds[None, :] <= i[:, None]
-    g = n + tl.sum(passed.to(tl.int32), axis=1)
-    after = n + tl.sum((bounds <= block_end).to(tl.int32), axis=0)
-    return tl.minimum(g, N - 1), tl.minimum(after, N - 1)
+    passed = tl.zeros((ROWS,), tl.int32)
+    for step in tl.static_range(1, 16):
+        if ROWS >> step > 0:
+            beyond = tl.gather(bounds, passed + (ROWS >> step) - 1, 0) > i
+            passed += tl.where(beyond, 0, ROWS >> step)
+    g = tl.minimum(n + passed, N - 1)
+    return g, load_index(offsets_ptr + g, ok, 0), tl.gather(bounds, passed, 0)
 
 
 @triton.jit
@@ -191,7 +198,7 @@ def _listwise_fwd_kernel(
     CENTER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr, BATCHED: tl.constexpr,
     ALIGN: tl.constexpr, HAS_MARGIN: tl.constexpr, HAS_GROUP_WEIGHT: tl.constexpr,
     HAS_NUM_ITEMS: tl.constexpr, REDUCTION: tl.constexpr, DWEIGHT: tl.constexpr,
-    INVERSE: tl.constexpr, ROWS: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):  # fmt: skip
     LABELS: tl.constexpr = SOFT or SMOOTH  # else one label a group, of mass 1
     partial_ptr, divisor_ptr, pieces_ptr, stats_ptr, marks_ptr, inverse_ptr = _places(
@@ -214,14 +221,14 @@ def _listwise_fwd_kernel(
     head = tl.where(load_index(offsets_ptr + n, start < end, 0) < start, n, -1)
     mark = marks_ptr + pid * MARKS
     piece = pieces_ptr + pid * PIECES
-    notes_ptr += pid * (NOTES + 2 * ROWS)
+    notes_ptr += pid * (NOTES + 2 * BLOCK_M)
     tl.store(mark, n)
     tl.store(mark + 2, 0)
     if not ONE_PROGRAM:
         _store_piece(piece, m, s, k, Q, r, True, LABELS, CENTER)
     per_temperature = 1 / temperature
-    groups = tl.zeros((ROWS,), tl.int32)
-    loss = tl.zeros((ROWS,), ACC)
+    groups = tl.zeros((BLOCK_M,), tl.int32)
+    loss = tl.zeros((BLOCK_M,), ACC)
     if DWEIGHT:
         partial_ptr += pid.to(tl.int64) * 3 * D
         done0 = tl.zeros((D0,), ACC)
@@ -230,32 +237,52 @@ def _listwise_fwd_kernel(
             done1 = tl.zeros((D1,), ACC)
             open1 = tl.zeros((D1,), ACC)
 
-    for block in range(start, end, ROWS):
-        stop = block + tl.minimum(ROWS, end - block)
-        for some in range(block, stop, BLOCK_M):
-            i = some + tl.arange(0, BLOCK_M)
-            ok = i < stop
-            t, found = candidate_rows(rows_ptr, tl.minimum(i, stop - 1), True, T, HAS_ROWS)
-            at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
-            scores = dot_rows(hidden_ptr, at, weight_ptr, 0, D0, D, ACC)
-            if D1 > 0:
-                scores += dot_rows(hidden_ptr, at, weight_ptr, D0, D1, D, ACC)
-            scores = tl.where(found, scores + bias, float("nan"))
-            tl.store(scores_ptr + i, scores, mask=ok)
-            if INVERSE:
-                tl.store(inverse_ptr + t, i, mask=ok & found)
+    for block in range(start, end, BLOCK_M):
+        stop = block + tl.minimum(BLOCK_M, end - block)
+        j = block + tl.arange(0, BLOCK_M)
+        t, found = candidate_rows(rows_ptr, tl.minimum(j, stop - 1), True, T, HAS_ROWS)
+        at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
+        h = load_rows(hidden_ptr, at, 0, D0, D)  # on their way while groups are looked up
+        i = block + tl.arange(0, BLOCK_M)
+        ok = i < stop
+        g, first, last = _groups_of_rows(offsets_ptr, i, ok, n, N, BLOCK_M)
+        best, gw, counted = _group(
+            first, last, target_ptr, group_weight_ptr, g, ok, SOFT, HAS_GROUP_WEIGHT, ACC
+        )
+        scores = dot_rows(h, weight_ptr, 0, D0, D, ACC)
+        if D1 > 0:
+            h1 = load_rows(hidden_ptr, at, D0, D1, D)
+            scores += dot_rows(h1, weight_ptr, D0, D1, D, ACC)
+        tl.store(scores_ptr + j, tl.where(found, scores + bias, float("nan")), mask=j < stop)
+        if INVERSE:
+            tl.store(inverse_ptr + t, j, mask=(j < stop) & found)
 
         # By way of memory: each thread has all scores and would weigh all rows; a lane, one row.
         tl.debug_barrier()
-        lost, counted = _weigh_rows(
-            block, stop, start, head, n, m, s, k, Q, r, offsets_ptr, target_ptr, margin_ptr,
-            group_weight_ptr, loss_ptr, scores_ptr, stats_ptr, mark, piece, notes_ptr, N,
-            per_temperature, label_smoothing, center_coef,
-            ROWS, ACC, SOFT, SMOOTH, CENTER, HAS_MARGIN, HAS_GROUP_WEIGHT, REDUCTION, DWEIGHT,
+        m_i, s_i, k_i, Q_i, r_i = _weigh_rows(
+            block, stop, start, m, s, k, Q, r, g, first, last, best, gw, target_ptr, margin_ptr,
+            scores_ptr, mark, notes_ptr, N, per_temperature, label_smoothing,
+            BLOCK_M, ACC, SOFT, SMOOTH, CENTER, HAS_MARGIN, DWEIGHT,
         )  # fmt: skip
-        loss += lost
-        groups += counted
         tl.debug_barrier()
+        closes = ok & (i == last - 1)
+        inside = closes & (first >= start)
+        mass = tl.full((BLOCK_M,), 1.0, ACC)
+        if LABELS:
+            mass = Q_i
+        size = (last - first).to(ACC)
+        lost = _group_loss(gw, m_i, s_i, k_i, mass, r_i, size, center_coef, LABELS, CENTER)
+        loss += tl.where(inside, lost, 0.0)
+        groups += tl.where(closes, counted, 0)
+        _store_stats(stats_ptr, g, N, m_i, s_i, mass, r_i, inside, SOFT, CENTER)
+        if REDUCTION == "none":
+            tl.store(loss_ptr + g, lost, mask=inside)
+        of_head = n == head
+        if of_head:
+            closes = closes & (first < start)
+            here = tl.zeros((BLOCK_M,), tl.int32)
+            tl.store(mark + 2 + here, 1, mask=closes)
+            _store_piece(piece + here, m_i, s_i, k_i, Q_i, r_i, closes, LABELS, CENTER)
         n = tl.load(mark + 1)
         m, s, k = tl.load(notes_ptr), tl.load(notes_ptr + 1), tl.load(notes_ptr + 2)
         if LABELS:
@@ -270,35 +297,36 @@ def _listwise_fwd_kernel(
             if D1 > 0:
                 done1 += finish * open1
                 open1 *= keep
-            # First the rows of a head that ends, then of groups that are done, of one that goes on.
+            # Rows, from the L1 cache: of a head that ends, of groups that are done, of one that
+            # goes on.
             begin = block
             until = block + tl.load(mark + 6)
             for part in tl.static_range(3):
-                for i in range(begin, until):
-                    weight = tl.load(notes_ptr + NOTES + i - block)
+                for row in range(begin, until):
+                    weight = tl.load(notes_ptr + NOTES + row - block)
                     if weight != 0:
-                        t, found = candidate_rows(rows_ptr, i, True, T, HAS_ROWS)
-                        row = hidden_ptr + row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
-                        h0 = load_row(row, 0, D0, D, ACC)
+                        u, exists = candidate_rows(rows_ptr, row, True, T, HAS_ROWS)
+                        u_ptr = hidden_ptr + row_start(u, S, stride_b, stride_s, BATCHED, ALIGN)
+                        g0 = load_row(u_ptr, 0, D0, D, ACC)
                         if D1 > 0:
-                            h1 = load_row(row, D0, D1, D, ACC)
+                            g1 = load_row(u_ptr, D0, D1, D, ACC)
                         if part == 1:
-                            done0 += weight * h0
+                            done0 += weight * g0
                             if D1 > 0:
-                                done1 += weight * h1
+                                done1 += weight * g1
                         else:
-                            open0 += weight * h0
+                            open0 += weight * g0
                             if D1 > 0:
-                                open1 += weight * h1
+                                open1 += weight * g1
                 if part != 1:  # what the labels take is known
-                    for i in range(begin, until):
-                        take = tl.load(notes_ptr + NOTES + ROWS + i - block)
+                    for row in range(begin, until):
+                        take = tl.load(notes_ptr + NOTES + BLOCK_M + row - block)
                         if take != 0:
-                            t, found = candidate_rows(rows_ptr, i, True, T, HAS_ROWS)
-                            row = hidden_ptr + row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
-                            done0 -= take * load_row(row, 0, D0, D, ACC)
+                            u, exists = candidate_rows(rows_ptr, row, True, T, HAS_ROWS)
+                            u_ptr = hidden_ptr + row_start(u, S, stride_b, stride_s, BATCHED, ALIGN)
+                            done0 -= take * load_row(u_ptr, 0, D0, D, ACC)
                             if D1 > 0:
-                                done1 -= take * load_row(row, D0, D1, D, ACC)
+                                done1 -= take * load_row(u_ptr, D0, D1, D, ACC)
                 if part == 0:
                     if until > begin:
                         store_columns(partial_ptr + D, open0, 0, D0, D)
@@ -363,34 +391,22 @@ def _listwise_fwd_kernel(
 
 @triton.jit
 def _weigh_rows(
-    block, stop, start, head, n, m, s, k, Q, r, offsets_ptr, target_ptr, margin_ptr,
-    group_weight_ptr, loss_ptr, scores_ptr, stats_ptr, mark, piece, notes_ptr, N,
-    per_temperature, label_smoothing, center_coef,
+    block, stop, start, m, s, k, Q, r, g, first, last, best, gw, target_ptr, margin_ptr,
+    scores_ptr, mark, notes_ptr, N, per_temperature, label_smoothing,
     ROWS: tl.constexpr, ACC: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr,
-    CENTER: tl.constexpr, HAS_MARGIN: tl.constexpr, HAS_GROUP_WEIGHT: tl.constexpr,
-    REDUCTION: tl.constexpr, DWEIGHT: tl.constexpr,
+    CENTER: tl.constexpr, HAS_MARGIN: tl.constexpr, DWEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of rows `block` to `stop`, one a lane: ends the groups that end there and notes
-    what is added of each row to which sum. Returns lanes of losses and of groups counted.
+    """The softmax of rows `block` to `stop`, one a lane.
+
+    Notes what comes before the next rows and what is added of each row to which sum. Returns max,
+    Σ exp, label term, Q and score sum of each row and those of its group before it, relative to the
+    maximum that the group has after these rows.
     """
     LABELS: tl.constexpr = SOFT or SMOOTH
     lane = tl.arange(0, ROWS)
     i = block + lane
     ok = i < stop
-    # The group of a row: as many bounds after n's first are not beyond it, found by bisection.
-    bounds = load_index(offsets_ptr + n + 1 + lane, n + 1 + lane <= N, 2147483647)
-    passed = lane * 0
-    for step in tl.static_range(1, 16):
-        if ROWS >> step > 0:
-            beyond = tl.gather(bounds, passed + (ROWS >> step) - 1, 0) > i
-            passed += tl.where(beyond, 0, ROWS >> step)
-    g = tl.minimum(n + passed, N - 1)
-    last = tl.gather(bounds, passed, 0)
-    first = load_index(offsets_ptr + g, ok, 0)
-    best, gw, counted = _group(
-        first, last, target_ptr, group_weight_ptr, g, ok, SOFT, HAS_GROUP_WEIGHT, ACC
-    )
-    size = (last - first).to(ACC)
+    is_first, is_last = lane == 0, i == stop - 1
     if SOFT:
         q = tl.load(target_ptr + i, mask=ok, other=0.0).to(ACC)
     else:
@@ -398,10 +414,8 @@ def _weigh_rows(
     score = tl.load(scores_ptr + i, mask=ok, other=0.0)
     z = _logit(score, q, i, ok, margin_ptr, per_temperature, HAS_MARGIN, ACC)
     exists = z != float("-inf")
-    label = _smooth(q, size, label_smoothing, SMOOTH, ACC)
+    label = _smooth(q, (last - first).to(ACC), label_smoothing, SMOOTH, ACC)
 
-    # All sums are relative to the maximum that the group has after these rows.
-    is_first, is_last = lane == 0, i == stop - 1
     last_lane = tl.minimum(tl.maximum(tl.minimum(last, stop) - 1 - block, 0), ROWS - 1)
     m_i = tl.where(is_first, tl.maximum(z, m), z)
     _, m_i = tl.associative_scan((g, m_i), 0, _max_of_group)
@@ -422,29 +436,15 @@ def _weigh_rows(
     _, s_i, k_i, Q_i, r_i = tl.associative_scan((g, s_i, k_i, Q_i, r_i), 0, _sums_of_group)
 
     closes = ok & (i == last - 1)
-    is_head = first < start
-    inside = closes & ~is_head
-    mass = tl.full((ROWS,), 1.0, ACC)
-    if LABELS:
-        mass = Q_i
-    lost = _group_loss(gw, m_i, s_i, k_i, mass, r_i, size, center_coef, LABELS, CENTER)
-    _store_stats(stats_ptr, g, N, m_i, s_i, mass, r_i, inside, SOFT, CENTER)
-    if REDUCTION == "none":
-        tl.store(loss_ptr + g, lost, mask=inside)
     here = lane * 0
-    head_rows = here
-    if n == head:
-        tl.store(mark + 2 + here, 1, mask=closes & is_head)
-        _store_piece(piece + here, m_i, s_i, k_i, Q_i, r_i, closes & is_head, LABELS, CENTER)
-        head_rows = tl.where(last <= stop, tl.maximum(last - block, 0), 0)
     _store_piece(
         notes_ptr + here, tl.where(closes, float("-inf"), m_i), tl.where(closes, 0.0, s_i),
         tl.where(closes, 0.0, k_i), tl.where(closes, 0.0, Q_i), tl.where(closes, 0.0, r_i),
         is_last, LABELS, CENTER,
     )  # fmt: skip
     tl.store(mark + 1 + here, tl.minimum(g + closes.to(tl.int32), N - 1), mask=is_last)
-
     if DWEIGHT:
+        is_head = first < start
         ends = last <= stop
         final = ends & ~is_head
         counts = ok & (gw != 0)
@@ -459,10 +459,12 @@ def _weigh_rows(
         # What the first row's group has so far is done, or moves to its new maximum.
         tl.store(notes_ptr + 5 + here, tl.where(final, finish * shift, 0.0), mask=is_first)
         tl.store(notes_ptr + 6 + here, tl.where(final, 0.0, shift), mask=is_first)
+        # Rows of a head that ends here, and rows before the group that goes on.
+        head_rows = tl.where(ends & is_head, tl.maximum(last - block, 0), 0)
         tl.store(mark + 6 + here, head_rows, mask=is_first)
-        going_on = tl.minimum(tl.maximum(first, block), stop)  # where the group that does begins
+        going_on = tl.minimum(tl.maximum(first, block), stop)
         tl.store(mark + 7 + here, tl.where(ends, stop, going_on) - block, mask=is_last)
-    return tl.where(inside, lost, 0.0), tl.where(closes, counted, 0)
+    return m_i, s_i, k_i, Q_i, r_i
 
 
 @triton.jit
@@ -632,7 +634,7 @@ def _listwise_bwd_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr, SOFT: tl.constexpr,
     SMOOTH: tl.constexpr, CENTER: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_MARGIN: tl.constexpr,
     HAS_GROUP_WEIGHT: tl.constexpr, REDUCTION: tl.constexpr, DHIDDEN: tl.constexpr,
-    PARTIAL: tl.constexpr, SLICED: tl.constexpr, ZERO: tl.constexpr, COEF: tl.constexpr,
+    PARTIAL: tl.constexpr, SLICED: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     temperature = tl.full((), temperature, ACC)
     label_smoothing = tl.full((), label_smoothing, ACC)
@@ -663,11 +665,12 @@ def _listwise_bwd_kernel(
         start = pid * per_program
         end = start + tl.minimum(per_program, M - start)
         n = find_group(offsets_ptr, tl.minimum(start, M - 1), N, 32)
-        for block in range(start, end, BLOCK_M):
-            i = block + tl.arange(0, BLOCK_M)
-            ok = i < end
-            g, n = _block_groups(offsets_ptr, i, n, N, tl.minimum(block + BLOCK_M, end), BLOCK_M)
-            first, last = _bounds(offsets_ptr, g, ok)
+        for block in range(start, end, ROWS):
+            stop = block + tl.minimum(ROWS, end - block)
+            i = block + tl.arange(0, ROWS)
+            ok = i < stop
+            g, first, last = _groups_of_rows(offsets_ptr, i, ok, n, N, ROWS)
+            n = tl.max(tl.where(ok, tl.minimum(g + (last <= stop).to(tl.int32), N - 1), 0), axis=0)
             best, gw, counted = _group(
                 first, last, target_ptr, group_weight_ptr, g, ok, SOFT, HAS_GROUP_WEIGHT, ACC
             )
@@ -691,13 +694,17 @@ def _listwise_bwd_kernel(
             coef = tl.where(gw == 0, 0.0, gw * coef) * scale
             if REDUCTION == "none":
                 coef *= tl.load(grad_ptr + g, mask=ok, other=0.0).to(ACC)
-            if COEF:
+            if coef_ptr is not None:
                 tl.store(coef_ptr + i, coef, mask=ok)
             if DHIDDEN:
-                t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
-                store_outer(dhidden_ptr, t, found, coef, w0, 0, D0, D)
-                if D1 > 0:
-                    store_outer(dhidden_ptr, t, found, coef, w1, D0, D1, D)
+                tl.debug_barrier()  # a lane has one coefficient, and every thread writes all rows
+                for some in range(block, stop, BLOCK_M):
+                    j = some + tl.arange(0, BLOCK_M)
+                    c = tl.load(coef_ptr + j, mask=j < stop, other=0.0)
+                    t, found = candidate_rows(rows_ptr, j, j < stop, T, HAS_ROWS)
+                    store_outer(dhidden_ptr, t, found, c, w0, 0, D0, D)
+                    if D1 > 0:
+                        store_outer(dhidden_ptr, t, found, c, w1, D0, D1, D)
         if DHIDDEN and HAS_ROWS:
             # inverse[t] was never cleared: row t is a candidate's only if its entry says so too.
             start = pid * rows_per_program

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 PACKED = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
-CACHED = 160 * 2**10  # bytes of rows that a multiprocessor's L1 cache keeps
 MOST = 2**31 - 2**10  # rows: those of a block that goes beyond the last still have 32-bit numbers
 
 
@@ -26,7 +25,7 @@ class Tile:
     BLOCK_M: int  # rows read together
     num_warps: int
     programs_per_sm: int
-    ROWS: int = 1  # rows weighed together, then read again
+    ROWS: int = 0  # coefficients formed together, in the write
 
     @property
     def registers(self) -> int:
@@ -36,20 +35,45 @@ class Tile:
 
 @lru_cache
 def tile(D: int, element_size: int) -> Tile:
-    """Tile for hidden size D: as few warps as hold two D-wide sums; each repeats the scalars."""
-    D0, D1 = triton.next_power_of_2(D), 0
-    if D0 > 8192 or (D0 > 256 and D <= D0 * 3 // 4):
-        D0 //= 2
-        D1 = triton.next_power_of_2(D - D0)
-    num_warps = 1 << min(max((D0 + D1) // 1024, 1), 8).bit_length() - 1
+    """Tile of the kernels of score.py: as few warps as hold two D-wide sums."""
+    D0, D1, num_warps = _columns(D)
     values = -(-(D0 + D1) // (32 * num_warps))  # of a row, in each thread
     spare = max((80 if D <= 512 else 144) - 2 * values, 0)  # registers for rows on their way
     rows_read = max(min(4 * spare // (values * element_size), 16 if D <= 128 else 4), 1)
     BLOCK_M = 1 << rows_read.bit_length() - 1
-    programs = 12 if D <= 512 else 8 // num_warps
-    cached = max(CACHED // (programs * D * element_size), 1)
-    ROWS = max(min(1 << cached.bit_length() - 1, 16), BLOCK_M)
-    return Tile(D0, D1, BLOCK_M, num_warps, programs, ROWS)
+    return Tile(D0, D1, BLOCK_M, num_warps, 12 if D <= 512 else 8 // num_warps)
+
+
+@lru_cache
+def forward_tile(D: int, element_size: int) -> Tile:
+    """Tile of the listwise pass: as many rows are scored and weighed together as fit registers."""
+    D0, D1, num_warps = _columns(D)
+    if element_size > 2:
+        num_warps = min(2 * num_warps, 8)
+    warps = 12 if D <= 1024 else 8  # resident
+    sums = 2 * -(-(D0 + D1) // (32 * num_warps)) * max(element_size // 4, 1)  # a thread's registers
+    spare = 65536 // (32 * warps) - sums - 40  # for rows on their way
+    rows_read = spare * 4 * 32 * num_warps // (D0 * element_size)
+    most = 8 if D <= 8192 else 16 // element_size**2
+    BLOCK_M = 1 << max(min(rows_read, most), 1).bit_length() - 1
+    return Tile(D0, D1, BLOCK_M, num_warps, warps // num_warps)
+
+
+@lru_cache
+def write_tile(D: int) -> Tile:
+    """Tile of the rank-1 write: a thread holds its part of the weight, and no sums."""
+    D0, D1, _ = _columns(D)
+    num_warps = 1 << min(max((D0 + D1) // 512, 2), 8 if D <= 8192 else 16).bit_length() - 1
+    return Tile(D0, D1, 2, num_warps, 24 // num_warps, 32)
+
+
+def _columns(D: int) -> tuple[int, int, int]:
+    """D0 and D1 columns, and the warps that share them."""
+    D0, D1 = triton.next_power_of_2(D), 0
+    if D0 > 8192 or (D0 > 256 and D <= D0 * 3 // 4):
+        D0 //= 2
+        D1 = triton.next_power_of_2(D - D0)
+    return D0, D1, 1 << min(max((D0 + D1) // 1024, 1), 8).bit_length() - 1
 
 
 def options(t: Tile, cuda: bool = torch.version.hip is None) -> dict[str, Any]:
@@ -115,16 +139,22 @@ def row_start(t, S, stride_b, stride_s, BATCHED: tl.constexpr, ALIGN: tl.constex
 
 
 @triton.jit
-def dot_rows(ptr, start, weight_ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr,
-             ACC: tl.constexpr):  # fmt: skip
-    """(BLOCK_M,) products of the rows that begin at `start` with the weight, columns LO.. only."""
+def load_rows(ptr, start, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr):
+    """(BLOCK_M, DC) values at columns LO.. of rows that begin at `start`, all of which exist."""
     cols = LO + tl.arange(0, DC)
     at = ptr + start[:, None] + cols[None, :]
     if LO + DC <= D:
-        h = tl.load(at)
+        return tl.load(at)
     else:
-        h = tl.load(at, mask=(cols < D)[None, :], other=0.0)
-    return tl.sum(widen(h, ACC) * load_columns(weight_ptr, LO, DC, D, ACC)[None, :], axis=1)
+        return tl.load(at, mask=(cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def dot_rows(h, weight_ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr,
+             ACC: tl.constexpr):  # fmt: skip
+    """(BLOCK_M,) products of columns LO.. of rows with those of the weight."""
+    w = load_columns(weight_ptr, LO, DC, D, ACC)
+    return tl.sum(widen(h, ACC) * w[None, :], axis=1)
 
 
 @triton.jit

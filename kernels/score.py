@@ -11,6 +11,7 @@ from fastrm_kernels.rows import (
     dot_rows,
     load_columns,
     load_index,
+    load_rows,
     load_tile,
     row_start,
     store_columns,
@@ -41,9 +42,9 @@ def _score_fwd_kernel(
         ok = i < end
         t, found = candidate_rows(rows_ptr, tl.minimum(i, end - 1), True, T, HAS_ROWS)
         at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
-        s = dot_rows(hidden_ptr, at, weight_ptr, 0, D0, D, ACC)
+        s = dot_rows(load_rows(hidden_ptr, at, 0, D0, D), weight_ptr, 0, D0, D, ACC)
         if D1 > 0:
-            s += dot_rows(hidden_ptr, at, weight_ptr, D0, D1, D, ACC)
+            s += dot_rows(load_rows(hidden_ptr, at, D0, D1, D), weight_ptr, D0, D1, D, ACC)
         tl.store(scores_ptr + i, tl.where(found, s + bias, float("nan")), mask=ok)
 
 

@@ -62,8 +62,7 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
         ACC=acc, ONE_PROGRAM=False, SOFT=False, SMOOTH=False, CENTER=False, HAS_BIAS=True,
         HAS_ROWS=False, BATCHED=False, ALIGN=math.gcd(D, 16), HAS_MARGIN=False,
         HAS_GROUP_WEIGHT=False, HAS_NUM_ITEMS=False, REDUCTION="mean", DWEIGHT=True,
-        INVERSE=False, DHIDDEN=True, PARTIAL=True, SLICED=True, ZERO=True, COEF=False,
-        ROWS=t.ROWS,
+        INVERSE=False, DHIDDEN=True, PARTIAL=True, SLICED=True, ZERO=True, ROWS=t.ROWS,
     )  # fmt: skip
     if name in KERNELS["heads"]:
         meta |= dict(E=4, BLOCK_E=t.D1, BLOCK_D=t.D0, UNROLL=t.BLOCK_M)
@@ -81,7 +80,7 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
         "num_items_ptr": meta["HAS_NUM_ITEMS"],
         "position_weight_ptr": meta.get("HAS_POSITION_WEIGHT"),
         "sums_ptr": meta["SLICED"],
-        "coef_ptr": meta["COEF"] or "listwise" not in name,
+        "coef_ptr": True,
     }  # fmt: skip
     signature, constants, attrs = {}, {}, {}
     for at, param in enumerate(kernel.params):
@@ -116,6 +115,10 @@ def tile(name: str, D: int, dtype: str, E: int) -> rows.Tile:
         return backend.SMALL
     if name == "_weighted_sum_heads_kernel":
         return rows.heads_tile(D, E)
+    if name == "_listwise_fwd_kernel":
+        return rows.forward_tile(D, SIZES[dtype])
+    if name == "_listwise_bwd_kernel":
+        return rows.write_tile(D)
     return rows.tile(D, SIZES[dtype])
 
 

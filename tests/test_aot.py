@@ -14,7 +14,7 @@ EVERY_OPTION = [f"{k}=True" for k in (
     "SOFT", "SMOOTH", "CENTER", "HAS_ROWS", "BATCHED", "HAS_MARGIN", "HAS_GROUP_WEIGHT",
     "HAS_NUM_ITEMS", "INVERSE",
 )]  # fmt: skip
-TWO_PASSES = ["DWEIGHT=False", "PARTIAL=False", "SLICED=False", "COEF=True", "REDUCTION=none"]
+TWO_PASSES = ["DWEIGHT=False", "PARTIAL=False", "SLICED=False", "REDUCTION=none"]
 
 
 def aot(*words: str) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 @pytest.fixture
 def many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row a program, so that a small problem has pieces of pieces to join."""
-    monkeypatch.setattr(rows, "tile", lambda D, size: rows.Tile(4, 0, 1, 1, 1))
+    monkeypatch.setattr(rows, "forward_tile", lambda D, size: rows.Tile(4, 0, 1, 1, 1))
     monkeypatch.setattr(rows, "sm_count", lambda device: 4096)
 
 
@@ -139,14 +139,14 @@ def test_what_forward_keeps(M: int, gathered: bool, monkeypatch: pytest.MonkeyPa
             hidden, weight, offsets=p.offsets, target=p.target, backend="triton", **p.options
         )
     assert hidden.untyped_storage().data_ptr() not in kept
-    tile = rows.tile(96, 4)
+    tile = rows.forward_tile(96, 4)
     G, _ = rows.split(M, tile, hidden.device)
     assert G <= rows.sm_count(hidden.device) * tile.programs_per_sm
     N, T, P = M // 4, hidden.shape[:-1].numel(), G + 2 * (G // listwise.FAN.value)
     inputs = [weight, p.offsets, p.target, p.options.get("rows")]
     small = sum(x.untyped_storage().nbytes() for x in inputs if x is not None)
     inverse = 4 * T if gathered else 0
-    notes = 4 * G * (7 + 2 * tile.ROWS)
+    notes = 4 * G * (7 + 2 * tile.BLOCK_M)
     assert sum(kept.values()) == 4 * M + 8 * N + 12 * G * 96 + 76 * P + 4 + notes + inverse + small
 
 

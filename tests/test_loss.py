@@ -60,7 +60,7 @@ def test_raggedness(backend: str, kind: str, monkeypatch: pytest.MonkeyPatch) ->
     M = 20_000
     if backend == "triton" and not CUDA:  # each row costs the interpreter some milliseconds
         M = 1500
-        monkeypatch.setattr(rows, "tile", lambda D, size: rows.Tile(32, 1, 512, 4, 1, 512))
+        monkeypatch.setattr(rows, "forward_tile", lambda D, size: rows.Tile(32, 1, 512, 4, 1))
     sizes = ragged_sizes(kind, M, torch.Generator().manual_seed(3))
     check_close(make(sizes, 33, temperature=0.7, margin=True), backend, 1e-9)
 
