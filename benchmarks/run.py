@@ -248,7 +248,7 @@ def _smallest(device: torch.device, mode: str) -> Call:
 
 def _graph(name: str, function: Provider, problem: Problem, exact: check.Exact) -> Call:
     """Replay of forward and backward, checked too."""
-    if name == "eager-loop":
+    if name in ("eager-loop", "sentence-transformers"):
         raise Skip("it waits for the device, which a graph cannot")
     own = problem.fresh()  # gradients of a graph lie where it was captured
     graph, loss = _capture(lambda: _forward_backward(function, own).detach(), own.clear)

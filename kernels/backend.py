@@ -385,14 +385,15 @@ def _listwise_bwd(
     """dhidden, dweight and dbias; empty where not needed."""
     *batch, D = shape
     T, M, N = math.prod(batch), scores.shape[0], offsets.shape[0] - 1
-    t, forward_t = rows.write_tile(D), rows.forward_tile(D, dtype.itemsize)
+    soft = target.is_floating_point()
+    t = rows.write_tile(D, plain=not soft and center_coef == 0)
+    forward_t = rows.forward_tile(D, dtype.itemsize)
     dhidden, dweight, dbias = _gradients(
         weight, scores, shape, dtype, center_coef, needs_dhidden, needs_dweight, needs_dbias
     )
     if M == 0 or N == 0:
         return [dhidden.zero_(), dweight.zero_(), dbias.zero_()]
     G, _ = rows.split(M, forward_t, weight.device)
-    soft = target.is_floating_point()
     # what forward was told
     one_pass = state.numel() > _state_size(G, N, forward_t, soft, center_coef)
     again = needs_dweight and not one_pass

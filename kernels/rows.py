@@ -60,11 +60,14 @@ def forward_tile(D: int, element_size: int) -> Tile:
 
 
 @lru_cache
-def write_tile(D: int) -> Tile:
-    """Tile of the rank-1 write: a thread holds its part of the weight, and no sums."""
+def write_tile(D: int, plain: bool) -> Tile:
+    """Tile of the rank-1 write: a thread holds its part of the weight, and no sums.
+
+    Plain coefficients, from one label a group and without centring, need fewer registers.
+    """
     D0, D1, _ = _columns(D)
     num_warps = 1 << min(max((D0 + D1) // 512, 2), 8 if D <= 8192 else 16).bit_length() - 1
-    return Tile(D0, D1, 2, num_warps, 24 // num_warps, 32)
+    return Tile(D0, D1, 2, num_warps, (24 if plain else 16) // num_warps, 32)
 
 
 def _columns(D: int) -> tuple[int, int, int]:
@@ -154,7 +157,7 @@ def dot_rows(h, weight_ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr,
              ACC: tl.constexpr):  # fmt: skip
     """(BLOCK_M,) products of columns LO.. of rows with those of the weight."""
     w = load_columns(weight_ptr, LO, DC, D, ACC)
-    return tl.sum(widen(h, ACC) * w[None, :], axis=1)
+    return tl.sum(widen(h, D, ACC) * w[None, :], axis=1)
 
 
 @triton.jit
@@ -167,7 +170,7 @@ def load_tile(ptr, start, ok, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexp
     else:
         mask = ok[:, None] & (cols < D)[None, :]
     at = ptr + start[:, None] + cols[None, :]
-    return widen(tl.load(at, mask=mask, other=0.0), ACC)
+    return widen(tl.load(at, mask=mask, other=0.0), D, ACC)
 
 
 @triton.jit
@@ -178,13 +181,17 @@ def load_row(ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr, ACC: tl.c
         h = tl.load(ptr + cols, eviction_policy="evict_first")
     else:
         h = tl.load(ptr + cols, mask=cols < D, other=0.0, eviction_policy="evict_first")
-    return widen(h, ACC)
+    return widen(h, D, ACC)
 
 
 @triton.jit
-def widen(h, ACC: tl.constexpr):
-    """h in ACC; two of bf16 take two instructions, where the compiler finds three."""
-    if PACKED and h.dtype == tl.bfloat16 and ACC == tl.float32:
+def widen(h, D: tl.constexpr, ACC: tl.constexpr):
+    """h in ACC; two of bf16 take two instructions, where the compiler finds three.
+
+    A thread must have pairs, which the tiles of this file see to unless h is narrow.
+    """
+    WIDE: tl.constexpr = h.shape[-1] >= 128 and 4 * h.shape[-1] >= D
+    if PACKED and WIDE and h.dtype == tl.bfloat16 and ACC == tl.float32:
         wide = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [h], dtype=tl.float32,
             is_pure=True, pack=2,
@@ -198,7 +205,7 @@ def widen(h, ACC: tl.constexpr):
 def load_columns(ptr, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
     """(DC,) values at columns LO.. of a vector; 0 beyond D."""
     cols = LO + tl.arange(0, DC)
-    return widen(tl.load(ptr + cols, mask=cols < D, other=0.0), ACC)
+    return widen(tl.load(ptr + cols, mask=cols < D, other=0.0), D, ACC)
 
 
 @triton.jit

@@ -55,7 +55,7 @@ FLOATS = {"temperature": "fp64", "label_smoothing": "fp64", "center_coef": "fp64
 def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> tuple[Any, str]:
     """Kernel `name` for hidden size D and dtype ("bf16", "fp32", ...), and what ptxas said."""
     kernel: Any = next(vars(x)[name] for x in MODULES if name in vars(x))
-    t = tile(name, D, dtype, int(flags.get("E", 4)))
+    t = tile(name, D, dtype, flags)
     acc = triton.language.float64 if dtype == "fp64" else triton.language.float32
     meta = dict(
         D=D, D0=t.D0, D1=t.D1, BLOCK_M=t.BLOCK_M, BLOCK_C=32, BLOCK_P=max(4 * t.num_warps, 8),
@@ -107,18 +107,18 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
     return compiled, log.getvalue()
 
 
-def tile(name: str, D: int, dtype: str, E: int) -> rows.Tile:
+def tile(name: str, D: int, dtype: str, flags: dict[str, Any]) -> rows.Tile:
     """How kernel `name` is launched."""
     if name == "_bradley_terry_pairs_kernel":
         return backend.PAIRS
     if name in KERNELS["small"]:
         return backend.SMALL
     if name == "_weighted_sum_heads_kernel":
-        return rows.heads_tile(D, E)
+        return rows.heads_tile(D, int(flags.get("E", 4)))
     if name == "_listwise_fwd_kernel":
         return rows.forward_tile(D, SIZES[dtype])
     if name == "_listwise_bwd_kernel":
-        return rows.write_tile(D)
+        return rows.write_tile(D, not flags.get("SOFT") and not flags.get("CENTER"))
     return rows.tile(D, SIZES[dtype])
 
 
@@ -153,7 +153,7 @@ def report(targets: str, dtypes: str, sizes: str, *flags: str) -> None:
             line |= resources(compiled, log)
         else:
             line["binary"] = len(compiled.asm["hsaco"])
-        t = tile(name, int(D), dtype, options.get("E", 4))
+        t = tile(name, int(D), dtype, options)
         print(json.dumps(line | {"warps": t.num_warps, "programs": t.programs_per_sm}), flush=True)
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-D = "96,384,576,896,1000,2048,3584,4096,5120,8192,16384"
+D = "1,7,96,384,576,896,1000,2048,3584,4096,5120,8192,16384"
 EVERY_OPTION = [f"{k}=True" for k in (
     "SOFT", "SMOOTH", "CENTER", "HAS_ROWS", "BATCHED", "HAS_MARGIN", "HAS_GROUP_WEIGHT",
     "HAS_NUM_ITEMS", "INVERSE",
@@ -39,7 +39,7 @@ def test_resources() -> None:
         "+", "sm_90", "bf16", "384,4096,16384", *EVERY_OPTION,
         "+", "sm_90", "bf16", "1000", *EVERY_OPTION, *TWO_PASSES,
     )  # fmt: skip
-    assert len(reports) == 2 * (11 + 6 + 10 + 8 + 4 + 3 + 1)
+    assert len(reports) == 2 * (13 + 6 + 10 + 8 + 4 + 3 + 1)
     for report in reports:
         assert report["stack"] == report["spills"] == 0, report
         threads = 32 * report["warps"] * report["programs"]

@@ -295,10 +295,11 @@ def test_on_a_gpu():
     names = [n for n in names if not n.endswith(providers.COMPILE)]
     clock = measure.CudaClock(device)
     rows = run.measure_point(Point(64, 896), names, device, clock, 0.1, count_launches=True)
-    assert not [row for row in rows if "failed" in row]
+    assert [row["failed"] for row in rows if "failed" in row] == []
     timed = {(r["provider"], r["mode"]): r for r in rows if "time_s" in r}
     modes = ("forward", "forward_backward", "graph")
-    assert timed.keys() == {(n, m) for n in names for m in modes} - {("eager-loop", "graph")}
+    waits = {(n, "graph") for n in ("eager-loop", "sentence-transformers")}
+    assert timed.keys() == {(n, m) for n in names for m in modes} - waits
     fused, loop = (timed[n, "forward_backward"] for n in ("fastrm-triton", "eager-loop"))
     assert fused["syncs"] == 0 and fused["launches"] in (2, None) and not fused["saves_hidden"]
     assert loop["syncs"] > 0 and fused["peak_bytes"] >= 64 * 896 * 2

@@ -263,8 +263,9 @@ def test_hidden_is_not_saved(backend: str) -> None:
     if backend == "cpp":
         assert sum(kept.values()) <= 4 * M + 4 * D + small
     else:
-        G = M // 16  # at most so many programs, with notes of at most 16 rows
-        each = 12 * D + 44 + 32 + 4 * (7 + 2 * 16)
+        tile = rows.forward_tile(D, 4)
+        G, _ = rows.split(M, tile, hidden.device)
+        each = 12 * D + 4 * 11 + 4 * 8 + 4 * (7 + 2 * tile.BLOCK_M)
         assert sum(kept.values()) <= 4 * M + 8 * N + G * each + 4 + small
     loss.backward()
 
