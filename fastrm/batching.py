@@ -159,15 +159,16 @@ class GroupBatchSampler(Sampler[list[int]]):
 
 
 class ChunkingCollator:
-    """Collates what a `GroupBatchSampler` of a few tokens brings.
+    """Collates groups; those that have more than `max_tokens` become a batch of chunks.
 
-    A group of more than `max_tokens` becomes a batch of chunks, batches of consecutive candidates:
-    what the loss reads lies in the batch itself, what the backbone reads in its `chunks`. For a
-    device without groups there is a batch of one candidate that is left out of the loss.
+    Chunks are batches of consecutive candidates, of one group or of whole ones: what the loss reads
+    lies in the batch itself, what the backbone reads in its `chunks`. Of what a `GroupBatchSampler`
+    brings, only a group by itself can be that large. For a device without groups there is a batch
+    of one candidate that is left out of the loss.
 
     Args:
         collate: makes a batch of examples.
-        examples: the dataset.
+        examples: the dataset, where a device can be without groups.
         max_tokens: in a chunk of several candidates; None: no chunks.
         shared: whether the candidates of a batch share their prompt.
     """
@@ -182,23 +183,40 @@ class ChunkingCollator:
         self.collate = collate
         self.max_tokens = max_tokens
         self.shared = shared
-        self.filler = _candidates(min(examples, key=lambda e: group_tokens(e, True)), 0, 1)
+        shortest = min(examples, key=lambda e: group_tokens(e, True), default=None)
+        self.filler = [] if shortest is None else [_candidates(shortest, 0, 1)]
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        batch = self.collate(examples or [self.filler])
-        chunks = list(self._chunks(examples[0])) if len(examples) == 1 else []
+        batch = self.collate(examples or self.filler)
+        chunks = list(self._chunks(examples))
         if len(chunks) < 2:
             return batch
         found = {name: batch[name] for name in GROUP_KEYS if name in batch}
-        return found | {"chunks": [self.collate([chunk]) for chunk in chunks]}
+        return found | {"chunks": [self.collate(chunk) for chunk in chunks]}
 
-    def _chunks(self, example: Example) -> Iterator[Example]:
+    def _chunks(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
         if self.max_tokens is None:
             return
+        whole: list[Example] = []
+        left = self.max_tokens
+        for example in examples:
+            tokens = group_tokens(example, self.shared)
+            if whole and tokens > left:
+                yield whole
+                whole, left = [], self.max_tokens
+            if tokens > left:
+                yield from ([part] for part in self._parts(example, left))
+            else:
+                whole.append(example)
+                left -= tokens
+        if whole:
+            yield whole
+
+    def _parts(self, example: Example, max_tokens: int) -> Iterator[Example]:
         start, K = 0, len(example["input_ids"])
         for end in range(1, K + 1):
             longer = _candidates(example, start, end + 1)
-            if end == K or group_tokens(longer, self.shared) > self.max_tokens:
+            if end == K or group_tokens(longer, self.shared) > max_tokens:
                 yield _candidates(example, start, end)
                 start = end
 

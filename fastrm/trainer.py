@@ -117,7 +117,8 @@ class RewardConfig(TrainingArguments):
         "Fill the batches of training with whole groups up to so many tokens, in place of "
         "per_device_train_batch_size groups. Counted are those that the model computes, without "
         "padding. A group with more is computed in chunks of its candidates, at the price of one "
-        "more forward pass: the gradient is the same, the memory that of a chunk.",
+        "more forward pass: the gradient is the same, the memory that of a chunk. In evaluation a "
+        "batch with more is.",
     )
     per_device_eval_batch_size: int = _option(8, "GROUPS per device in evaluation.")
     label_smoothing_factor: float = _option(
@@ -394,7 +395,7 @@ class RewardTrainer(Trainer):
         if examples is None:
             raise ValueError("training needs a train_dataset")
         limit = args.max_tokens_per_batch
-        shared = not {"shared", "cached"}.isdisjoint(getattr(collate, "layouts", ()))
+        shared = _shares_prompts(collate)
         tokens = [group_tokens(e, shared) for e in examples]
         if self.is_deepspeed_enabled and limit is not None and max(tokens) > limit:
             raise ValueError(
@@ -505,9 +506,8 @@ class RewardTrainer(Trainer):
         seed = int(torch.randint(2**62, ()))  # both forwards of a chunk drop the same units
         read = []
         for k, chunk in enumerate(chunks):
-            with torch.no_grad(), self._seeded(seed + k), self.head.reading(chunk) as result:
-                packing.run(model, chunk, config)
-            read.append(result)
+            with torch.no_grad(), self._seeded(seed + k):
+                read.append(self._read(model, chunk))
         with torch.enable_grad():
             scores = torch.cat([r.scores for r in read]).requires_grad_()
             loss = self._loss_from_scores(scores[idle:], group, options)
@@ -523,6 +523,12 @@ class RewardTrainer(Trainer):
             with self._fitting({**chunks[-1], **group}, before, **options) as result:
                 outputs = packing.run(model, chunks[-1], config)
         return result, outputs
+
+    def _read(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
+        """Hidden states and scores of the batch's candidates."""
+        with self.head.reading(batch) as result:
+            packing.run(model, batch, self._model_config)
+        return result
 
     def _fitting(self, batch: Mapping[str, Any], *args: Any, **options: Any) -> Any:
         """The head gives the loss of `args`."""
@@ -559,10 +565,16 @@ class RewardTrainer(Trainer):
         """Statistics of each group, (N, 8); the trainer gathers them for the metrics."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            with self._fitting(inputs, reduction="none", **self._options) as result:
-                packing.run(model, inputs, self._model_config)
-            stats = group_stats(result.scores, inputs, self._options["temperature"])
-            stats[:, 0].copy_(result.loss)
+            options = {**self._options, "reduction": "none"}
+            if "chunks" in inputs:
+                scores = torch.cat([self._read(model, chunk).scores for chunk in inputs["chunks"]])
+                loss = self._loss_from_scores(scores, inputs, options)
+            else:
+                with self._fitting(inputs, **options) as result:
+                    packing.run(model, inputs, self._model_config)
+                scores, loss = result.scores, result.loss
+            stats = group_stats(scores, inputs, self._options["temperature"])
+            stats[:, 0].copy_(loss)
         return None, stats, stats[:, 1]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -591,7 +603,15 @@ class RewardTrainer(Trainer):
         """As in `transformers.Trainer`; takes rows too."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._tokenized(eval_dataset, "eval_dataset")
-        return super().get_eval_dataloader(eval_dataset)
+        collate: Any = self.data_collator
+        args: Any = self.args
+        limit = args.max_tokens_per_batch
+        if limit is not None and not self.is_fsdp_enabled:  # whose shards all take the same turns
+            self.data_collator = ChunkingCollator(collate, (), limit, _shares_prompts(collate))
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collate
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("use fastrm.evaluate.score_rows for the rewards of rows")
@@ -606,6 +626,10 @@ class RewardTrainer(Trainer):
             cut, left_out = _cut_and_left_out(self.train_dataset)
             logs.update(train_prompts_cut=cut, train_left_out=left_out)
         super().log(logs, start_time)
+
+
+def _shares_prompts(collate: Any) -> bool:
+    return not {"shared", "cached"}.isdisjoint(getattr(collate, "layouts", ()))
 
 
 def _cut_and_left_out(examples: Any) -> tuple[int, int]:

@@ -248,6 +248,30 @@ def test_losses_of_a_ranking(tmp_path, loss, max_tokens):
     assert logged(trainer) == [pytest.approx(total / 3, abs=1e-5)]
 
 
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_evaluation_in_chunks_has_the_same_metrics(tmp_path, layout):
+    """Of whole small groups and of parts of a large one, each within the limit."""
+    rows = make_rows(9, seed=3, sizes=(1, 2, 3)) + make_rows(1, seed=4, sizes=(20,))
+    found, most = [], 10**6
+    for limit in (None, 90):
+        trainer = trained(
+            tmp_path, ranked_rows(), make_decoder().double(), rows, layout=layout,
+            learning_rate=0.0, per_device_eval_batch_size=5, max_tokens_per_batch=limit,
+        )  # fmt: skip
+        calls = []
+        embeddings = trainer.model.get_input_embeddings()
+        embeddings.register_forward_pre_hook(lambda _, ids: calls.append(ids[0].numel()))  # noqa: B023
+        found.append(trainer.evaluate())
+        if limit is not None:
+            assert len(calls) > 2 * -(-len(rows) // 5)
+            if layout == "shared":  # else the padding comes on top
+                assert max(calls) <= limit < most
+        most = max(calls)
+    names = [n for n in found[0] if "runtime" not in n and "per_second" not in n]
+    assert len(names) > 5
+    assert [found[1][n] for n in names] == pytest.approx([found[0][n] for n in names], abs=1e-6)
+
+
 def test_chunks_of_a_ranking_give_the_same_weights(tmp_path):
     runs = [
         trained(tmp_path, ranked_rows(), make_decoder().double(), loss="plackett_luce",
