@@ -137,7 +137,7 @@ def _join_pieces(n0, m0, s0, k0, q0, r0, n1, m1, s1, k1, q1, r1):
     return (
         n1,
         m,
-        a * s0 + b * s1,
+        tl.where(same, a * s0, 0.0) + b * s1,
         tl.where(same, k, 0.0) + _moved(k1, q1, m1, m),
         tl.where(same, q0, 0.0) + q1,
         tl.where(same, r0, 0.0) + r1,
@@ -426,7 +426,8 @@ def _weigh_rows(
     Q_i = tl.zeros((ROWS,), ACC)
     r_i = tl.zeros((ROWS,), ACC)
     if LABELS:
-        k_i = tl.where(label == 0, 0.0, label * (z - m_i))
+        k_i = tl.where(exists, label * (z - m_i), float("-inf"))
+        k_i = tl.where(label == 0, 0.0, k_i)
         k_i += tl.where(is_first, _moved(k, Q, m, m_i), 0.0)
         Q_i = tl.where(is_first, label + Q, label)
     else:
@@ -451,13 +452,14 @@ def _weigh_rows(
         finish = gw * per_temperature / tl.gather(s_i, last_lane, 0)
         if LABELS:
             finish *= tl.gather(Q_i, last_lane, 0)
-        finish = tl.where(counts, finish, 0.0)
-        take = tl.where(counts & (label != 0), gw * label * per_temperature, 0.0)
-        weight = tl.where(final, finish * e - take, tl.where(counts, e, 0.0))
+        take = tl.where(label != 0, gw * label * per_temperature, 0.0)
+        weight = tl.where(counts, tl.where(final, finish * e - take, e), 0.0)  # NaN or not
+        take = tl.where(counts, take, 0.0)
         tl.store(notes_ptr + NOTES + lane, weight)
         tl.store(notes_ptr + NOTES + ROWS + lane, take)
         # What the first row's group has so far is done, or moves to its new maximum.
-        tl.store(notes_ptr + 5 + here, tl.where(final, finish * shift, 0.0), mask=is_first)
+        joins = tl.where(final & counts, finish * shift, 0.0)
+        tl.store(notes_ptr + 5 + here, joins, mask=is_first)
         tl.store(notes_ptr + 6 + here, tl.where(final, 0.0, shift), mask=is_first)
         # Rows of a head that ends here, and rows before the group that goes on.
         head_rows = tl.where(ends & is_head, tl.maximum(last - block, 0), 0)

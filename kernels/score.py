@@ -92,10 +92,13 @@ def _weighted_sum_kernel(
         ok = i < end
         t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
         at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
-        coef = tl.load(coef_ptr + i, mask=ok, other=0.0).to(ACC)[:, None]
-        sum0 += tl.sum(coef * load_tile(hidden_ptr, at, found, 0, D0, D, ACC), axis=0)
+        coef = tl.load(coef_ptr + i, mask=ok, other=0.0).to(ACC)
+        used = found & (coef != 0)  # nothing of a row that counts for nothing, NaN included
+        h0 = load_tile(hidden_ptr, at, used, 0, D0, D, ACC)
+        sum0 += tl.sum(coef[:, None] * h0, axis=0)
         if D1 > 0:
-            sum1 += tl.sum(coef * load_tile(hidden_ptr, at, found, D0, D1, D, ACC), axis=0)
+            h1 = load_tile(hidden_ptr, at, used, D0, D1, D, ACC)
+            sum1 += tl.sum(coef[:, None] * h1, axis=0)
     partial_ptr += pid.to(tl.int64) * D
     store_columns(partial_ptr, sum0, 0, D0, D)
     if D1 > 0:

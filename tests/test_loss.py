@@ -243,6 +243,26 @@ def test_only_the_gradients_asked_for(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_group_that_is_left_out_may_hold_anything(
+    backend: str, reduction: str, value: float
+) -> None:
+    """Small ones beside others, and one over several programs: nothing of it goes anywhere."""
+    sizes = [3, 700, 2, 1, 5, 2, 90]
+    p = make(sizes, 130, reduction=reduction).to(torch.float32)
+    left_out, first = (0, 1, 4), fastrm.offsets_from_sizes(sizes)
+    p.target[list(left_out)] = -100
+    p.hidden.nan_to_num_()
+    clean = on(p, backend).run(backend)
+    for n in left_out:
+        p.hidden[first[n] : first[n + 1] : 2] = value
+    found = on(p, backend).run(backend)
+    for name in ("loss", "dweight", "dhidden"):
+        assert torch.equal(found[name], clean[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_hidden_is_not_saved(backend: str) -> None:
     """What forward keeps for backward is a few numbers a candidate and a group, and D-vectors."""
     p = on(make([4] * 64, 96).to(torch.float32), backend)
