@@ -277,8 +277,7 @@ def _listwise_fwd_kernel(
         _store_stats(stats_ptr, g, N, m_i, s_i, mass, r_i, inside, SOFT, CENTER)
         if REDUCTION == "none":
             tl.store(loss_ptr + g, lost, mask=inside)
-        of_head = n == head
-        if of_head:
+        if n == head:
             closes = closes & (first < start)
             here = tl.zeros((BLOCK_M,), tl.int32)
             tl.store(mark + 2 + here, 1, mask=closes)
