@@ -457,9 +457,10 @@ def _weigh_rows(
         tl.store(notes_ptr + NOTES + lane, weight)
         tl.store(notes_ptr + NOTES + ROWS + lane, take)
         # What the first row's group has so far is done, or moves to its new maximum.
-        joins = tl.where(final & counts, finish * shift, 0.0)
+        joins = tl.where(counts & final, finish * shift, 0.0)
+        stays = tl.where(counts & ~final, shift, 0.0)
         tl.store(notes_ptr + 5 + here, joins, mask=is_first)
-        tl.store(notes_ptr + 6 + here, tl.where(final, 0.0, shift), mask=is_first)
+        tl.store(notes_ptr + 6 + here, stays, mask=is_first)
         # Rows of a head that ends here, and rows before the group that goes on.
         head_rows = tl.where(ends & is_head, tl.maximum(last - block, 0), 0)
         tl.store(mark + 6 + here, head_rows, mask=is_first)
