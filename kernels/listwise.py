@@ -239,12 +239,11 @@ def _listwise_fwd_kernel(
 
     for block in range(start, end, BLOCK_M):
         stop = block + tl.minimum(BLOCK_M, end - block)
-        j = block + tl.arange(0, BLOCK_M)
-        t, found = candidate_rows(rows_ptr, tl.minimum(j, stop - 1), True, T, HAS_ROWS)
-        at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
-        h = load_rows(hidden_ptr, at, 0, D0, D)  # on their way while groups are looked up
         i = block + tl.arange(0, BLOCK_M)
         ok = i < stop
+        t, found = candidate_rows(rows_ptr, tl.minimum(i, stop - 1), True, T, HAS_ROWS)
+        at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)
+        h = load_rows(hidden_ptr, at, 0, D0, D)  # on their way while groups are looked up
         g, first, last = _groups_of_rows(offsets_ptr, i, ok, n, N, BLOCK_M)
         best, gw, counted = _group(
             first, last, target_ptr, group_weight_ptr, g, ok, SOFT, HAS_GROUP_WEIGHT, ACC
@@ -253,9 +252,9 @@ def _listwise_fwd_kernel(
         if D1 > 0:
             h1 = load_rows(hidden_ptr, at, D0, D1, D)
             scores += dot_rows(h1, weight_ptr, D0, D1, D, ACC)
-        tl.store(scores_ptr + j, tl.where(found, scores + bias, float("nan")), mask=j < stop)
+        tl.store(scores_ptr + i, tl.where(found, scores + bias, float("nan")), mask=ok)
         if INVERSE:
-            tl.store(inverse_ptr + t, j, mask=(j < stop) & found)
+            tl.store(inverse_ptr + t, i, mask=ok & found)
 
         # By way of memory: each thread has all scores and would weigh all rows; a lane, one row.
         tl.debug_barrier()
