@@ -143,7 +143,7 @@ class _Head:
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, chosen: Tensor | None,
-        tile: Callable[[int, int], rows.Tile] | None = None,
+        tile: Callable[[int, int], rows.Tile] = rows.tile,
     ) -> None:  # fmt: skip
         *batch, self.D = hidden.shape
         self.E = _heads(weight)
@@ -157,7 +157,7 @@ class _Head:
         self.weight = weight.contiguous()
         self.hidden, self.S, self.stride_b, self.stride_s = rows.row_strides(hidden)
         self.align = math.gcd(self.stride_b, self.stride_s, 16)
-        self.tile = (tile or rows.tile)(self.D, hidden.element_size())
+        self.tile = tile(self.D, hidden.element_size())
         self.G, self.per_program = rows.split(self.M, self.tile, hidden.device)
 
     def key(self) -> tuple[Any, ...]:

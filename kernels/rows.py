@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PACKED = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+# Whether kernels may hold PTX: not on ROCm, and not in Triton's interpreter.
+HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 MOST = 2**31 - 2**10  # rows: those of a block that goes beyond the last still have 32-bit numbers
 
 
@@ -25,7 +26,7 @@ class Tile:
     BLOCK_M: int  # rows read together
     num_warps: int
     programs_per_sm: int
-    ROWS: int = 0  # coefficients formed together, in the write
+    ROWS: int = 0  # coefficients formed together: of the rank-1 write alone
 
     @property
     def registers(self) -> int:
@@ -191,7 +192,7 @@ def widen(h, D: tl.constexpr, ACC: tl.constexpr):
     A thread must have pairs, which the tiles of this file see to unless h is narrow.
     """
     WIDE: tl.constexpr = h.shape[-1] >= 128 and 4 * h.shape[-1] >= D
-    if PACKED and WIDE and h.dtype == tl.bfloat16 and ACC == tl.float32:
+    if HAS_PTX and WIDE and h.dtype == tl.bfloat16 and ACC == tl.float32:
         wide = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [h], dtype=tl.float32,
             is_pure=True, pack=2,

@@ -80,7 +80,6 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
         "num_items_ptr": meta["HAS_NUM_ITEMS"],
         "position_weight_ptr": meta.get("HAS_POSITION_WEIGHT"),
         "sums_ptr": meta["SLICED"],
-        "coef_ptr": True,
     }  # fmt: skip
     signature, constants, attrs = {}, {}, {}
     for at, param in enumerate(kernel.params):
@@ -343,7 +342,7 @@ if __name__ == "__main__":
         launches()
     else:
         if any("gfx" in word for word in sys.argv):
-            rows.PACKED = triton.language.constexpr(False)  # as torch for ROCm decides by itself
+            rows.HAS_PTX = triton.language.constexpr(False)  # as torch for ROCm decides by itself
         for plus, words in itertools.groupby(sys.argv[1:], lambda word: word == "+"):
             if not plus:
                 report(*words)
