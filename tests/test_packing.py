@@ -46,6 +46,9 @@ KINDS = {
     "granite": {},
     "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
 }
+ATTENTIONS = [
+    (kind, a) for kind in KINDS for a in ("sdpa", "eager") if (kind, a) != ("gemma2", "sdpa")
+]
 ALIBI = {
     "bloom": dict(n_layer=2, n_head=4),
     "mpt": dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=128),
@@ -143,10 +146,7 @@ def one_thread():
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
-@pytest.mark.parametrize(
-    "kind, attention",
-    [(kind, a) for kind in KINDS for a in ("sdpa", "eager") if (kind, a) != ("gemma2", "sdpa")],
-)
+@pytest.mark.parametrize("kind, attention", ATTENTIONS)
 def test_hidden_states_and_gradients_are_those_of_one_by_one(kind, attention):
     model = make(kind, attention)
     with Float64():
@@ -355,17 +355,17 @@ def test_flex_attention_takes_the_same_mask_in_blocks():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma2", "gemma3_text"])
-def test_layouts_on_a_gpu_give_what_one_by_one_gives_here(kind, attention):
-    """In fp32 against fp64 on the CPU."""
+@pytest.mark.parametrize("kind, attention", ATTENTIONS)
+def test_layouts_on_a_gpu_are_as_near_to_one_by_one_as_padded_is(kind, attention):
+    """In fp32 there, against fp64 on the CPU."""
     expected = alone(make(kind, "eager"), RAGGED)
     model = make(kind, attention).float().cuda()
-    scale = max(float(g.abs().max()) for g in (expected[0], *expected[1].values()))
-    for layout in ("packed", "shared"):
+    errors = {}
+    for layout in ("padded", "packed", "shared"):
         hidden, found = in_layout(model, RAGGED, layout)
         found = hidden.cpu(), {name: g.cpu() for name, g in found.items()}
-        assert difference(expected, found) <= 1e-4 * scale, layout
+        errors[layout] = difference(expected, found)
+    assert max(errors.values()) <= 3 * errors["padded"], errors
 
 
 def test_adapters_train_in_every_layout():
