@@ -62,11 +62,13 @@ class Setting:
     batch_size: int = 8  # groups
     dtype: str = "fp32"
     max_length: int = 1024
+    attn_implementation: str | None = None  # of transformers; None for its choice
 
     def __str__(self) -> str:
         names = [x if _is_shape(x) else Path(x).name.removesuffix(".jsonl")
                  for x in (self.model, self.data)]  # fmt: skip
-        return f"{names[0]}, {names[1]}, {self.batch_size} groups, {self.dtype}"
+        attention = f", {self.attn_implementation}" if self.attn_implementation else ""
+        return f"{names[0]}, {names[1]}, {self.batch_size} groups, {self.dtype}{attention}"
 
 
 class Contestant:
@@ -208,7 +210,7 @@ def choose(args: argparse.Namespace) -> tuple[list[Setting], Sequence[str]]:
                 raise ValueError(f"--model {model} has no tokenizer, so --data must be P/K/R")
             if not _is_shape(data) and not Path(data).is_file():
                 raise ValueError(f"--data must be P/K/R or a file of groups, got {data}")
-    options = (args.batch_size, args.dtype, args.max_length)
+    options = (args.batch_size, args.dtype, args.max_length, args.attn_implementation)
     return [Setting(m, d, *options) for m in args.model for d in args.data], names
 
 
@@ -375,7 +377,10 @@ def make_model(setting: Setting, device: torch.device) -> Any:
     """A sequence classifier with one label; the same weights every time."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    dtype = torch.bfloat16 if setting.dtype == "bf16" else torch.float32
+    how = {
+        "dtype": torch.bfloat16 if setting.dtype == "bf16" else torch.float32,
+        "attn_implementation": setting.attn_implementation,
+    }
     torch.manual_seed(0)
     if setting.model in CONFIGS:
         options = dict(CONFIGS[setting.model])
@@ -383,10 +388,10 @@ def make_model(setting: Setting, device: torch.device) -> Any:
             options.pop("model_type"), num_labels=1, pad_token_id=PAD, **options
         )
         with device:  # where a GPU makes a billion weights in no time
-            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+            model = AutoModelForSequenceClassification.from_config(config, **how)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(
-            setting.model, num_labels=1, dtype=dtype, pad_token_id=PAD
+            setting.model, num_labels=1, pad_token_id=PAD, **how
         )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -352,6 +352,7 @@ def _bench_train_options(parser: Parser) -> None:
         ("--batch-size", _positive, 8, "N", "groups in a batch"),
         ("--steps", _positive, 5, "N", "steps of each that are timed, after one that is not"),
         ("--dtype", str, "fp32", "TYPE", "of the model, fp32 or bf16"),
+        ("--attn-implementation", str, None, "NAME", "of the model, as in fastrm train (sdpa)"),
         ("--max-length", _positive, 1024, "N", "tokens of a prompt with one candidate"),
         ("--device", str, None, "DEVICE", "cpu or cuda (cuda where there is one)"),
         ("--threads", _positive, None, "N", "threads on a CPU"),
@@ -525,7 +526,9 @@ def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> Non
         from transformers import set_seed
 
         set_seed(config.seed)  # the new head is drawn from it
-        model, tokenizer = _load(model_name, dtype=config.model_dtype)
+        model, tokenizer = _load(
+            model_name, dtype=config.model_dtype, attn_implementation=config.attn_implementation
+        )
         log.setLevel(logging.INFO)
         try:
             trainer = fastrm.RewardTrainer(
@@ -874,10 +877,13 @@ def _load(name: str, **kwargs: Any) -> tuple[Any, Any]:
 
 
 def _unloadable() -> tuple[type[Exception], ...]:
-    """What loading a model raises: RuntimeError where weights do not fit the config."""
+    """What loading a model raises: RuntimeError where weights do not fit the config, ImportError
+    where attention is asked for that is not installed.
+    """
     from safetensors import SafetensorError
 
-    return OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError
+    found = OSError, ValueError, KeyError, RuntimeError, AssertionError, ImportError
+    return *found, SafetensorError
 
 
 def _check_model(name: str) -> None:

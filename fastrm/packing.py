@@ -19,6 +19,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -298,6 +299,10 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
         config: the model's.
     """
     inputs = {name: x for name, x in batch.items() if name not in GROUP_KEYS + _PLACES}
+    forward = model
+    if config.get_text_config()._attn_implementation == "flex_attention":
+        # On a GPU its other kernel, for short rows, does not compile where their length changes.
+        forward = partial(model, kernel_options={"BACKEND": "TRITON"})
     if "splits" in batch:
         starts = (0, *(end for end, _ in batch["splits"]))
         parts = [
@@ -311,17 +316,17 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
             for part, x, embedded in zip(parts, ids, found, strict=True):
                 part["inputs_embeds"] = embedded.view(*x.shape, -1)
         for part in parts:
-            outputs = model(**part)
+            outputs = forward(**part)
         return outputs
     if "prompt_ids" in batch:
         prompts = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
-        outputs = model(**prompts, use_cache=True)
+        outputs = forward(**prompts, use_cache=True)
         name = next(name for name in _CACHES if name in outputs)
         outputs[name].batch_select_indices(batch["prompt"])
         inputs |= {name: outputs[name], "use_cache": True}
     if "ends" in batch:
         inputs["attention_mask"] = tree_mask(config, batch["ends"], batch["position_ids"])
-    return model(**inputs)
+    return forward(**inputs)
 
 
 def _table(model: Any) -> torch.nn.Embedding | None:
@@ -383,10 +388,28 @@ def _additive_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tenso
 
 
 def _block_mask(ends: Tensor, positions: Tensor, window: int | None) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    """From what ends where in each block of tokens: (L / 128)² numbers, where a mask takes L²."""
+    from torch.nn.attention.flex_attention import BlockMask
 
-    B, L = ends.shape
-    return create_block_mask(_reads(ends, positions, window), B, None, L, L, device=ends.device)
+    L, size = ends.shape[1], 128  # of a block, as create_block_mask has it
+    n = torch.arange(-(-L // size), device=ends.device)  # blocks
+    inside = torch.arange(len(n) * size, device=ends.device).clamp(max=L - 1)
+    blocks = [x[:, inside].unflatten(1, (-1, size)) for x in (ends, positions)]
+    (first_end, low), (last_end, high) = ([x.amin(2) for x in blocks], [x.amax(2) for x in blocks])
+    q, k = n[:, None], n
+    some = (k <= q) & (last_end[:, None] > q * size)  # (B, Q, K)
+    full = (k < q) & (first_end[:, None] >= ((q + 1) * size).clamp(max=L))
+    if window is not None:
+        some = some & (low[:, :, None] - high[:, None] < window)
+        full = full & (high[:, :, None] - low[:, None] < window)
+
+    def listed(which: Tensor) -> tuple[Tensor, Tensor]:  # (B, 1, Q) how many, (B, 1, Q, K) which
+        first = which.int().argsort(dim=-1, descending=True, stable=True)
+        return which.sum(-1, dtype=torch.int32)[:, None], first.int()[:, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~full), *listed(full), size, _reads(ends, positions, window), (L, L)
+    )
 
 
 # In a config, a window that is not `sliding_window` and that a tiny batch does not fill.

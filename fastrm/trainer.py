@@ -92,6 +92,11 @@ class RewardConfig(TrainingArguments):
         "Dtype of the backbone's weights when `model` is a path: float32, bfloat16, float16, or "
         "auto for the checkpoint's. The head is always float32.",
     )
+    attn_implementation: str | None = _option(
+        None,
+        "Attention when `model` is a path: sdpa, eager, flex_attention (for long rows on a GPU: no "
+        "mask of their length squared), flash_attention_2. Not given: what transformers takes.",
+    )
     backend: str | None = _option(
         None, "Who computes the loss: triton, cpp or torch. Not given: the fastest that runs here."
     )
@@ -251,7 +256,10 @@ class RewardTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(name)
         if isinstance(model, str):
             set_seed(args.seed)  # a new head is drawn from it
-            model = load_reward_model(model, tokenizer=processing_class, dtype=args.model_dtype)
+            model = load_reward_model(
+                model, tokenizer=processing_class, dtype=args.model_dtype,
+                attn_implementation=args.attn_implementation,
+            )  # fmt: skip
         self.head = attach_head(model)
         if not self.head.weight.requires_grad:
             log.warning(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
@@ -15,6 +15,7 @@ from transformers import (
     GraniteConfig,
     LlamaForSequenceClassification,
 )
+from transformers.integrations import flex_attention as flex
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.granite.modeling_granite import GranitePreTrainedModel
@@ -69,8 +70,8 @@ class Float64(TorchFunctionMode):
         return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
 
 
-def make(kind, attention="sdpa", seed=0):
-    options = dict(pad_token_id=0, use_cache=False, **KINDS.get(kind, {}))
+def make(kind, attention="sdpa", seed=0, **options):
+    options = dict(pad_token_id=0, use_cache=False) | KINDS.get(kind, {}) | options
     if kind == "granite":
         model = GraniteReward(GraniteConfig(**make_decoder().config.to_dict() | options))
         model.load_state_dict(make_decoder(seed=seed).state_dict())  # it has llama's layers
@@ -343,26 +344,88 @@ def test_flash_attention_packs_and_does_not_share(monkeypatch):
     assert packing.disagreement(model, attach_head(model), "packed") is None
 
 
-def test_flex_attention_takes_the_same_mask_in_blocks():
-    batch = plan(RAGGED[:3], ["shared"], Cost(1.0)).build(0)
+# FlexAttention wants heads of 16 on a GPU.
+FLEX = {"llama": dict(head_dim=16)} | {
+    kind: KINDS[kind] | dict(head_dim=16) for kind in ("mistral", "gemma2", "gemma3_text")
+}
+LONG = groups([(90, (30, 7, 1)), (0, (100, 3)), (40, (5,) * 9), (70, (50, 50)), (3, (2, 1))])
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.lists(st.integers(1, 200), min_size=1, max_size=4)),
+             min_size=1, max_size=6),
+    st.sampled_from(["packed", "shared"]),
+    st.sampled_from([None, 1, 40, 128, 200]),
+    st.sampled_from([0.0, 1.0]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_blocks_of_flex_attention_hold_the_same_mask(shapes, layout, window, pair):
+    batch = plan(groups(shapes), [layout], Cost(pair)).build(0)
     ends, positions = batch["ends"], batch["position_ids"]
-    blocks = packing._block_mask(ends, positions, WINDOW)
-    b, i = (torch.arange(n) for n in ends.shape)
-    found = blocks.mask_mod(b[:, None, None, None], 0, i[:, None], i)
-    assert torch.equal(found, packing._bool_mask(ends, positions, WINDOW))
-    assert len(blocks.shape) == 4 and len(ends) > 1
+    expected = packing._bool_mask(ends, positions, window)
+    found = packing._block_mask(ends, positions, window)
+    B, L = ends.shape
+    b, i = torch.arange(B), torch.arange(L)
+    assert torch.equal(found.mask_mod(b[:, None, None, None], 0, i[:, None], i), expected)
+
+    n = -(-L // 128)
+    size = n * 128 - L
+    tiles = [
+        pad(expected, (0, size, 0, size), value=value).unflatten(3, (n, 128)).unflatten(2, (n, 128))
+        for value in (False, True)
+    ]
+    read, whole = tiles[0].any(5).any(3), tiles[1].all(5).all(3)
+    partial = _blocks(found.kv_num_blocks, found.kv_indices)
+    full = _blocks(found.full_kv_num_blocks, found.full_kv_indices)
+    assert not (partial & full).any() and not (full & ~whole).any()
+    assert not (read & ~(partial | full)).any()
+    if window is None:
+        assert torch.equal(partial | full, read)
+
+
+def _blocks(count, which):
+    """(B, 1, Q, K) bool from the first `count` of each list of blocks."""
+    listed = torch.arange(which.shape[-1]) < count[..., None]
+    return torch.zeros_like(listed).scatter(-1, which.long(), listed)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", FLEX)
+def test_hidden_states_with_flex_attention_are_those_of_one_by_one(kind, monkeypatch):
+    """Without compilation, and without gradients, which it has on a GPU alone."""
+    from torch.nn.attention import flex_attention as torch_flex
+
+    def uncompiled(query, key, value, training=False, **kwargs):
+        # Without it a GPU takes a kernel that does not compile for short rows of changing length.
+        assert kwargs["kernel_options"] == {"BACKEND": "TRITON"}
+        return torch_flex.flex_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex, "compile_friendly_flex_attention", uncompiled)
+    one_by_one, model = (make(kind, a, **FLEX[kind]) for a in ("eager", "flex_attention"))
+    with Float64():
+        expected, _ = alone(one_by_one, LONG)
+    for layout in ("packed", "shared"):
+        head, batch = attach_head(model), RaggedCollator(0, True, [layout], Cost(1e-3))(LONG)
+        with torch.no_grad(), Float64(), head.reading(batch) as found:
+            packing.run(model, batch, model.config)
+        assert float((found.hidden - expected).abs().max()) <= 1e-10, layout
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind, attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "kind, attention", [*ATTENTIONS, *((kind, "flex_attention") for kind in FLEX)]
+)
 def test_layouts_on_a_gpu_are_as_near_to_one_by_one_as_padded_is(kind, attention):
     """In fp32 there, against fp64 on the CPU."""
-    expected = alone(make(kind, "eager"), RAGGED)
-    model = make(kind, attention).float().cuda()
+    flexible = attention == "flex_attention"
+    options, examples = (FLEX[kind], LONG) if flexible else ({}, RAGGED)
+    expected = alone(make(kind, "eager", **options), examples)
+    model = make(kind, attention, **options).float().cuda()
     errors = {}
     for layout in ("padded", "packed", "shared"):
-        hidden, found = in_layout(model, RAGGED, layout)
+        hidden, found = in_layout(model, examples, layout)
         found = hidden.cpu(), {name: g.cpu() for name, g in found.items()}
         errors[layout] = difference(expected, found)
     assert max(errors.values()) <= 3 * errors["padded"], errors
