@@ -77,7 +77,7 @@ class Contestant:
     def __init__(self, model: Any, loss: Callable[[Any, Sequence[Example]], Tensor]) -> None:
         self.model, self.loss = model, loss
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)  # Trainer's
         self.parameters = parameters
         self.tokens = 0  # that the backbone has computed
         model.get_input_embeddings().register_forward_pre_hook(self._count)
