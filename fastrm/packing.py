@@ -17,7 +17,8 @@ import inspect
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ LAYOUTS = ("padded", "split", "packed", "shared", "cached")
 SPLITS = 4  # forwards of a batch at most
 # Of a batch, for the loss.
 GROUP_KEYS = ("offsets", "target", "ranks", "margin", "teacher_scores", "group_weight")
-_PLACES = ("rows", "last", "splits", "ends", "prompt_ids", "prompt_mask", "prompt")
+_PLACES = ("rows", "last", "first", "splits", "ends", "prompt_ids", "prompt_mask", "prompt")
 _CACHES = ("cache", "past_key_values")  # what models call it since transformers 5.24, and before
 
 log = logging.getLogger("fastrm")
@@ -83,7 +84,8 @@ def plan(
     """The cheapest of `layouts` for a batch of tokenised groups.
 
     Its batch has input_ids, what else the model reads, and where the head finds the candidates:
-    rows (M,), candidate i is row `rows[i]` of the hidden states, unless the model pools.
+    rows (M,), candidate i is row `rows[i]` of the hidden states, unless the model pools; where it
+    does and a row holds several candidates, first (M,), the places of their first tokens.
     """
     makers = {"padded": _padded, "split": _split, "packed": _packed, "shared": _shared,
               "cached": _cached}  # fmt: skip
@@ -149,12 +151,13 @@ def _cut(lengths: Sequence[int], cost: Cost) -> tuple[list[int], float]:
 
 def _packed(examples: Sequence[Any], cost: Cost, last_token: bool) -> Plan:
     if cost.varlen:
-        return _one_row(examples, cost)
-    return _in_rows("packed", [_unit([ids], 0) for e in examples for ids in e["input_ids"]], cost)
+        return _one_row(examples, cost, last_token)
+    sequences, types = _sequences(examples)
+    return _in_rows("packed", [_unit([ids], 0) for ids in sequences], cost, last_token, types)
 
 
-def _one_row(examples: Sequence[Any], cost: Cost) -> Plan:
-    sequences, _ = _sequences(examples)
+def _one_row(examples: Sequence[Any], cost: Cost, last_token: bool) -> Plan:
+    sequences, types = _sequences(examples)
     lengths = np.array([len(ids) for ids in sequences])
 
     def build(pad: int) -> dict[str, Any]:
@@ -163,8 +166,10 @@ def _one_row(examples: Sequence[Any], cost: Cost) -> Plan:
         batch = {
             "input_ids": torch.from_numpy(np.concatenate(sequences)).long()[None],
             "position_ids": torch.from_numpy(positions)[None],
-            "rows": starts[1:] - 1,
+            **({"rows": starts[1:] - 1} if last_token else {"first": starts[:-1]}),
         }
+        if types is not None:
+            batch["token_type_ids"] = torch.from_numpy(np.concatenate(types)).long()[None]
         starts, longest = starts.int(), int(lengths.max())
         batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
         return batch | {"max_length_q": longest, "max_length_k": longest}
@@ -220,21 +225,29 @@ def _unit(sequences: Sequence[np.ndarray], prompt: int) -> _Unit:
     )
 
 
-def _in_rows(layout: str, units: Sequence[_Unit], cost: Cost) -> Plan:
+def _in_rows(
+    layout: str, units: Sequence[_Unit], cost: Cost, last_token: bool = True,
+    types: Sequence[np.ndarray] | None = None,
+) -> Plan:  # fmt: skip
     places, B, L = _fill([len(u.ids) for u in units], cost)
 
     def build(pad: int) -> dict[str, Any]:
         ids = np.full((B, L), pad)
         positions = np.zeros((B, L), dtype=np.int64)
         ends = np.tile(np.arange(1, L + 1), (B, 1))  # what fills a row up reads itself
+        token_types = np.zeros((B, L), dtype=np.int64)
         rows = []
-        for unit, (b, start) in zip(units, places, strict=True):
+        for i, (unit, (b, start)) in enumerate(zip(units, places, strict=True)):
             here = slice(start, start + len(unit.ids))
             ids[b, here], positions[b, here] = unit.ids, unit.positions
             ends[b, here] = unit.ends + start
-            rows.append(unit.last + b * L + start)
+            if types is not None:
+                token_types[b, here] = types[i]
+            rows.append((unit.last if last_token else 0) + b * L + start)
         found = {"input_ids": ids, "position_ids": positions, "ends": ends}
-        found["rows"] = np.concatenate(rows)
+        if types is not None:
+            found["token_type_ids"] = token_types
+        found["rows" if last_token else "first"] = np.hstack(rows)
         return {name: torch.from_numpy(x) for name, x in found.items()}
 
     return Plan(layout, B * L, cost.rows(B, L) + cost.forward, build)
@@ -324,9 +337,44 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
         name = next(name for name in _CACHES if name in outputs)
         outputs[name].batch_select_indices(batch["prompt"])
         inputs |= {name: outputs[name], "use_cache": True}
+    pools = "first" in batch
     if "ends" in batch:
-        inputs["attention_mask"] = tree_mask(config, batch["ends"], batch["position_ids"])
-    return forward(**inputs)
+        inputs["attention_mask"] = tree_mask(config, batch["ends"], batch["position_ids"], pools)
+    if not pools:
+        return forward(**inputs)
+    with _pooling_at(_base(model), batch["first"]):
+        inputs["position_ids"] = inputs["position_ids"] + _first_position(_base(model))
+        return forward(**inputs)
+
+
+@contextmanager
+def _pooling_at(base: Any, first: Tensor) -> Iterator[None]:
+    """Inside, a model that reads the first token of each row reads those at `first` (M,)."""
+
+    def read(hidden: Tensor) -> Tensor:
+        return hidden.flatten(0, 1)[first][:, None]
+
+    def before(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (read(*args),)
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        output.last_hidden_state = read(output.last_hidden_state)
+
+    if getattr(base, "pooler", None) is not None:
+        hook = base.pooler.register_forward_pre_hook(before)
+    else:
+        hook = base.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _first_position(base: Any) -> int:
+    """Of a sequence's first token: RoBERTa and its kin count on from their padding's."""
+    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 def _table(model: Any) -> torch.nn.Embedding | None:
@@ -340,20 +388,29 @@ def _table(model: Any) -> torch.nn.Embedding | None:
 
 def _takes(model: Any) -> Mapping[str, Any]:
     """The arguments of the model's backbone."""
+    return inspect.signature(_base(model).forward).parameters
+
+
+def _base(model: Any) -> Any:
+    """The model's backbone."""
     model = getattr(model, "module", model)
-    base = getattr(model, "get_base_model", lambda: model)()  # inside of PEFT's wrapper
-    return inspect.signature(base.base_model.forward).parameters
+    return getattr(model, "get_base_model", lambda: model)().base_model  # inside of PEFT's wrapper
 
 
 def tree_mask(
     config: Any,
     ends: Tensor,  # (B, L)
     positions: Tensor,  # (B, L)
+    both_ways: bool = False,
 ) -> Any:
     """The mask that the model's attention takes, a dict of them where it has kinds of layers."""
     config = config.get_text_config()
     make = _MASKS[config._attn_implementation]
-    masks = {kind: make(ends, positions, window) for kind, window in _windows(config).items()}
+    places = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
+    begins = places - positions if both_ways else places
+    masks = {
+        kind: make(begins, ends, positions, window) for kind, window in _windows(config).items()
+    }
     return masks.get(None, masks)
 
 
@@ -366,50 +423,56 @@ def _windows(config: Any) -> dict[str | None, int | None]:
     return {kind: window if kind == "sliding_attention" else None for kind in set(kinds)}
 
 
-def _reads(ends: Tensor, positions: Tensor, window: int | None) -> Callable[..., Tensor]:
+def _reads(
+    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None
+) -> Callable[..., Tensor]:
     """Whether query q of row b reads key k, as a mask function of FlexAttention."""
 
     def reads(b: Tensor, head: Any, q: Tensor, k: Tensor) -> Tensor:
-        found = (k <= q) & (q < ends[b, k])
+        found = (begins[b, k] <= q) & (q < ends[b, k])
         return found if window is None else found & (positions[b, q] - positions[b, k] < window)
 
     return reads
 
 
-def _bool_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:  # (B, 1, L, L)
+def _bool_mask(
+    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None
+) -> Tensor:  # (B, 1, L, L)
     b, q = (torch.arange(n, device=ends.device) for n in ends.shape)
-    return _reads(ends, positions, window)(b[:, None, None, None], 0, q[:, None], q)
+    return _reads(begins, ends, positions, window)(b[:, None, None, None], 0, q[:, None], q)
 
 
-def _additive_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def _additive_mask(
+    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None
+) -> Tensor:
     # Eager attention adds its mask to the scores: a bool one would be added as 0 and 1.
     lowest = torch.finfo(torch.float32).min
-    return torch.where(_bool_mask(ends, positions, window), 0.0, lowest)
+    return torch.where(_bool_mask(begins, ends, positions, window), 0.0, lowest)
 
 
-def _block_mask(ends: Tensor, positions: Tensor, window: int | None) -> Any:
+def _block_mask(begins: Tensor, ends: Tensor, positions: Tensor, window: int | None) -> Any:
     """From what ends where in each block of tokens: (L / 128)² numbers, where a mask takes L²."""
     from torch.nn.attention.flex_attention import BlockMask
 
     L, size = ends.shape[1], 128  # of a block, as create_block_mask has it
-    n = torch.arange(-(-L // size), device=ends.device)  # blocks
-    inside = torch.arange(len(n) * size, device=ends.device).clamp(max=L - 1)
-    blocks = [x[:, inside].unflatten(1, (-1, size)) for x in (ends, positions)]
-    (first_end, low), (last_end, high) = ([x.amin(2) for x in blocks], [x.amax(2) for x in blocks])
-    q, k = n[:, None], n
-    some = (k <= q) & (last_end[:, None] > q * size)  # (B, Q, K)
-    full = (k < q) & (first_end[:, None] >= ((q + 1) * size).clamp(max=L))
+    n = -(-L // size)  # blocks
+    inside = torch.arange(n * size, device=ends.device).clamp(max=L - 1)
+    blocks = [x[:, inside].unflatten(1, (n, size)) for x in (begins, ends, positions)]
+    least, most = ([x.amin(2) for x in blocks], [x.amax(2) for x in blocks])
+    first = torch.arange(n, device=ends.device)[:, None] * size  # of a block of queries
+    last = (first + size).clamp(max=L) - 1
+    some = (least[0][:, None] <= last) & (most[1][:, None] > first)  # (B, Q, K)
+    full = (most[0][:, None] <= first) & (least[1][:, None] > last)
     if window is not None:
-        some = some & (low[:, :, None] - high[:, None] < window)
-        full = full & (high[:, :, None] - low[:, None] < window)
+        some = some & (least[2][:, :, None] - most[2][:, None] < window)
+        full = full & (most[2][:, :, None] - least[2][:, None] < window)
 
     def listed(which: Tensor) -> tuple[Tensor, Tensor]:  # (B, 1, Q) how many, (B, 1, Q, K) which
-        first = which.int().argsort(dim=-1, descending=True, stable=True)
-        return which.sum(-1, dtype=torch.int32)[:, None], first.int()[:, None]
+        order = which.int().argsort(dim=-1, descending=True, stable=True)
+        return which.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
-    return BlockMask.from_kv_blocks(
-        *listed(some & ~full), *listed(full), size, _reads(ends, positions, window), (L, L)
-    )
+    reads = _reads(begins, ends, positions, window)
+    return BlockMask.from_kv_blocks(*listed(some & ~full), *listed(full), size, reads, (L, L))
 
 
 # In a config, a window that is not `sliding_window` and that a tiny batch does not fill.
@@ -434,7 +497,7 @@ def refusals(model: Any, pools: bool) -> dict[str, str]:
             found.setdefault(layout, why)
 
     if pools:
-        refuse("reads both ways and pools a row", "packed", "shared", "cached")
+        refuse("reads both ways", "shared", "cached")
     for kind in set(windows) - {None, "full_attention", "sliding_attention"}:
         refuse(f"has layers of kind {kind}", "packed", "shared", "cached")
     for name, value in vars(config).items():
@@ -445,6 +508,8 @@ def refusals(model: Any, pools: bool) -> dict[str, str]:
     if attention not in _MASKS:
         why = f"takes no mask with {attention} attention"
         refuse(why, "shared", *(() if Cost.of(model).varlen else ("packed",)))
+    if pools and any(windows.values()):
+        refuse("reads a window both ways", "packed")
     if any(windows.values()) or takes.keys().isdisjoint(_CACHES):
         refuse("keeps no cache of a whole prompt", "cached")
     return found
@@ -465,7 +530,10 @@ def disagreement(
     if layout == "padded" or (layout == "split" and not pools):
         return None  # nothing but the model's own forward on a padded batch
     lengths = ((3, (3, 2)), (2, (1, 4, 2)))  # of each group's prompt and its answers
-    ids = (np.arange(64) * 7919 + 1) % model.config.get_text_config().vocab_size
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = (np.arange(64) * 7919 + 1) % vocabulary
+    ids[ids == pad] = (pad + 1) % vocabulary  # which some models give no position
     examples = [
         {"input_ids": [np.append(ids[:P], ids[9 * k :][:n]) for k, n in enumerate(answers, 1)],
          "token_type_ids": None, "prompt_length": P}
@@ -476,7 +544,7 @@ def disagreement(
     try:
         cost = Cost(varlen=Cost.of(model).varlen)  # all in one row
         expected, found = (
-            _probe(model, head, plan(examples, [name], cost, not pools), gradients)
+            _probe(model, head, plan(examples, [name], cost, not pools).build(pad), gradients)
             for name in ("padded", layout)
         )
     except Exception as error:  # whatever a model makes of a mask that it does not know
@@ -496,9 +564,11 @@ def disagreement(
     return None
 
 
-def _probe(model: Any, head: Any, plan: Plan, gradients: bool) -> tuple[Tensor, ...]:
+def _probe(
+    model: Any, head: Any, batch: Mapping[str, Any], gradients: bool
+) -> tuple[Tensor, ...]:
     """Hidden states of the candidates, and the gradients of a fixed function of them."""
-    batch = to_device(plan.build(0), model.device)
+    batch = to_device(batch, model.device)
     with torch.set_grad_enabled(gradients), head.reading(batch) as result:
         run(model, batch, model.config)
     hidden = result.hidden

@@ -188,12 +188,12 @@ def test_any_groups_in_any_number_of_rows(shapes, layout, pair):
     assert difference(expected, found) <= 1e-10
 
 
-def no_mask(ends, positions, window):
+def no_mask(begins, ends, positions, window):
     return None
 
 
-def causal(ends, positions, window):
-    return packing._bool_mask(torch.full_like(ends, ends.shape[1]), positions, window)
+def causal(begins, ends, positions, window):
+    return packing._bool_mask(begins, torch.full_like(ends, ends.shape[1]), positions, window)
 
 
 BROKEN = {
@@ -312,7 +312,9 @@ def test_the_check_compares_gradients():
         ("gpt_neo", {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}, "packed",
          "reads by window_size"),
         ("qwen3_next", {}, "shared", "has layers of kind linear_attention"),
-        ("bert", {}, "packed", "reads both ways"),
+        ("bert", {}, "shared", "reads both ways"),
+        ("bert", {}, "packed", None),
+        ("modernbert", {}, "packed", "reads by local_attention"),
     ],
 )  # fmt: skip
 def test_refusals(kind, options, layout, why):
@@ -357,15 +359,17 @@ LONG = groups([(90, (30, 7, 1)), (0, (100, 3)), (40, (5,) * 9), (70, (50, 50)), 
     st.sampled_from(["packed", "shared"]),
     st.sampled_from([None, 1, 40, 128, 200]),
     st.sampled_from([0.0, 1.0]),
+    st.booleans(),
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
-def test_blocks_of_flex_attention_hold_the_same_mask(shapes, layout, window, pair):
+def test_blocks_of_flex_attention_hold_the_same_mask(shapes, layout, window, pair, both_ways):
     batch = plan(groups(shapes), [layout], Cost(pair)).build(0)
     ends, positions = batch["ends"], batch["position_ids"]
-    expected = packing._bool_mask(ends, positions, window)
-    found = packing._block_mask(ends, positions, window)
     B, L = ends.shape
     b, i = torch.arange(B), torch.arange(L)
+    begins = i - positions if both_ways and layout == "packed" else i.expand(B, L)
+    expected = packing._bool_mask(begins, ends, positions, window)
+    found = packing._block_mask(begins, ends, positions, window)
     assert torch.equal(found.mask_mod(b[:, None, None, None], 0, i[:, None], i), expected)
 
     n = -(-L // 128)
@@ -457,6 +461,84 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "mpnet")
+
+
+def make_encoder(kind, **options):
+    """A tiny one; with RoBERTa's 1 as its padding token."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    if kind == "distilbert":
+        shape = dict(dim=32, hidden_dim=48, n_layers=2, n_heads=4)
+    encoder = AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, num_labels=1, pad_token_id=1, max_position_embeddings=64,
+        **shape, **options,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(encoder)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(std=0.2)
+    return model.double().eval()
+
+
+def pairs(examples):
+    """The same without the padding token, and with token types."""
+    found = []
+    for e in examples:
+        ids = [np.maximum(i, 2) for i in e["input_ids"]]
+        types = [(np.arange(len(i)) >= e["prompt_length"]).astype(np.int64) for i in ids]
+        found.append({**e, "input_ids": ids, "token_type_ids": types})
+    return found
+
+
+@pytest.mark.parametrize("kind, attention", [
+    (kind, a) for kind in ENCODERS for a in ("sdpa", "eager") if (kind, a) != ("mpnet", "sdpa")
+])  # fmt: skip
+def test_packed_encoders_pool_what_they_would_one_by_one(kind, attention):
+    model = make_encoder(kind)
+    model.config._attn_implementation = attention
+    examples = pairs(RAGGED)
+    takes_types = kind in ("bert", "electra")
+    sequences = [(i, t) for e in examples
+                 for i, t in zip(e["input_ids"], e["token_type_ids"], strict=True)]  # fmt: skip
+    scores = [
+        model(input_ids=torch.as_tensor(i)[None],
+              **({"token_type_ids": torch.as_tensor(t)[None]} if takes_types else {})).logits[0, 0]
+        for i, t in sequences
+    ]  # fmt: skip
+    sizes = [len(e["input_ids"]) for e in examples]
+    targets = [e["target"] for e in examples]
+    loss = sum(-s.log_softmax(0)[t] for s, t in
+               zip(torch.stack(scores).split(sizes), targets, strict=True))  # fmt: skip
+    (loss / len(sizes)).backward()
+    expected = torch.stack(scores).detach(), gradients(model)
+
+    head = attach_head(model)
+    if not takes_types:
+        examples = [{**e, "token_type_ids": None} for e in examples]
+    for cost in (Cost(), Cost(0.1)):  # one row, and several
+        batch = RaggedCollator(1, False, ["packed"], cost)(examples)
+        with head.fitting(batch) as found:
+            packing.run(model, batch, model.config).logits.flatten()[0].backward()
+        assert difference(expected, (found.scores, gradients(model))) <= 1e-10
+    assert len(batch["input_ids"]) > 1
+    assert packing.disagreement(model, head, "packed", pools=True) is None
+
+
+@pytest.mark.parametrize(
+    "kind, options, why",
+    [
+        ("albert", dict(embedding_size=16), "fails with RuntimeError"),  # pools in one expression
+        ("deberta-v2", dict(relative_attention=True), "fails with RuntimeError"),  # no mask of ours
+        ("nystromformer", {}, "has other hidden states"),  # approximates its attention
+    ],
+)
+def test_encoders_that_cannot_be_packed_are_found_out(kind, options, why):
+    model = make_encoder(kind, **options)
+    assert why in packing.disagreement(model, attach_head(model), "packed", pools=True)
+
+
 @pytest.mark.parametrize("trains", [True, False])
 def test_an_encoders_word_vectors_are_looked_up_once_where_they_train(trains):
     """Each look-up has a gradient as large as the vocabulary; frozen ones have none."""
@@ -502,15 +584,15 @@ def test_scores_are_the_same_in_every_layout(minilm):
     encoder, pieces = load_reward_model(minilm), AutoTokenizer.from_pretrained(minilm)
     for model, tok, layouts in (
         (decoder, tokenizer, ["auto", "split", "packed", "shared"]),
-        (encoder, pieces, ["auto", "split"]),
+        (encoder, pieces, ["auto", "split", "packed"]),
     ):
         plain = score_rows(model, tok, rows, layout="padded", batch_size=7)
         for layout in layouts:
             found = score_rows(model, tok, rows, layout=layout, batch_size=7)
             for a, b in zip(plain, found, strict=True):
                 assert a == pytest.approx(b, abs=1e-5), layout
-    with pytest.raises(ValueError, match="layout packed cannot be used: BertFor.* both ways"):
-        score_rows(encoder, pieces, rows, layout="packed")
+    with pytest.raises(ValueError, match="layout shared cannot be used: BertFor.* both ways"):
+        score_rows(encoder, pieces, rows, layout="shared")
 
 
 def test_split_cuts_where_it_costs_least():
