@@ -377,14 +377,23 @@ constexpr int64_t TILE_HEADS = 8;
 template <class A>
 constexpr int64_t TILE = 32 * LANES<A>;
 
-// total[r, e] += rows[r, d:d+width] · w[e], w packed in pair order with zeros at its end.
+// Asks for a pair into L2. A tile's piece of a row is too short for the hardware to see it coming.
+template <class T>
+inline void prefetch_pair(const T* p) {
+  constexpr int64_t LINE = 64 / int64_t(sizeof(T)), W2 = 2 * LANES<Acc<T>>;
+  for (int64_t i = 0; i < W2; i += LINE) __builtin_prefetch(p + i, 0, 2);
+}
+
+// total[r, e] += rows[r, d:d+width] · w[e], w packed in pair order with zeros at its end; `next`
+// are the rows that come after.
 template <class T, int R, int H>
 void project_tile(
-    const T* const* rows, int64_t d, int64_t width, const Acc<T>* w, Vec<Acc<T>>* total) {
+    const T* const* rows, const T* const* next, int64_t d, int64_t width, const Acc<T>* w,
+    Vec<Acc<T>>* total) {
   using A = Acc<T>;
   constexpr int64_t W2 = 2 * LANES<A>;
-  const T* p[R];
-  for (int r = 0; r < R; ++r) p[r] = rows[r] + d;
+  const T *p[R], *ahead[R];
+  for (int r = 0; r < R; ++r) p[r] = rows[r] + d, ahead[r] = next[r] + d;
   Vec<A> sum[R][H] = {};
   auto add = [&](const Pair<A>* h, int64_t v) __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -400,7 +409,10 @@ void project_tile(
   for (; v + W2 <= width; v += W2) {
     Pair<A> h[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) h[r] = load_pair(p[r] + v);
+    for (int r = 0; r < R; ++r) {
+      prefetch_pair(ahead[r] + v);
+      h[r] = load_pair(p[r] + v);
+    }
     add(h, v);
   }
   if (v < width) {
@@ -421,8 +433,10 @@ void project_tile_rows(
     Vec<Acc<T>>* total) {
   int64_t i = 0;
   for (; i + ROWS <= n; i += ROWS)
-    project_tile<T, ROWS, H>(rows + i, d, width, w, total + i * TILE_HEADS);
-  for (; i < n; ++i) project_tile<T, 1, H>(rows + i, d, width, w, total + i * TILE_HEADS);
+    project_tile<T, ROWS, H>(
+        rows + i, rows + (i + 2 * ROWS <= n ? i + ROWS : i), d, width, w, total + i * TILE_HEADS);
+  for (; i < n; ++i)
+    project_tile<T, 1, H>(rows + i, rows + i, d, width, w, total + i * TILE_HEADS);
 }
 
 template <class T>
@@ -464,14 +478,14 @@ void project_heads(
 // sum[e] = (first ? 0 : sum[e]) + Σ_r coef[r, e]·rows[r] over elements d:d+width, in pair order.
 template <class T, int R, int H>
 void add_rows_heads(
-    const T* const* rows, const Acc<T>* coef, int64_t E, int64_t d, int64_t width, bool first,
-    Acc<T>* sum) {
+    const T* const* rows, const T* const* next, const Acc<T>* coef, int64_t E, int64_t d,
+    int64_t width, bool first, Acc<T>* sum) {
   using A = Acc<T>;
   constexpr int64_t W2 = 2 * LANES<A>;
-  const T* p[R];  // copies: sum might alias the originals
+  const T *p[R], *ahead[R];  // copies: sum might alias the originals
   A c[R][H];
   for (int r = 0; r < R; ++r) {
-    p[r] = rows[r] + d;
+    p[r] = rows[r] + d, ahead[r] = next[r] + d;
     for (int e = 0; e < H; ++e) c[r][e] = coef[r * E + e];
   }
   for (int64_t v = 0; v < width; v += W2) {
@@ -479,8 +493,9 @@ void add_rows_heads(
     Pair<A> s[H];
 #pragma GCC unroll 8
     for (int e = 0; e < H; ++e) s[e] = first ? Pair<A>{} : load_pair(sum + e * TILE<A> + v);
-#pragma GCC unroll 8
+#pragma GCC unroll 1  // or all R·H coefficients are spilled, each as a whole vector
     for (int r = 0; r < R; ++r) {
+      if (whole) prefetch_pair(ahead[r] + v);
       Pair<A> h = whole ? load_pair(p[r] + v) : load_pair_tail(p[r] + v, width - v);
 #pragma GCC unroll 8
       for (int e = 0; e < H; ++e) {
@@ -499,8 +514,10 @@ void add_tile_heads(
     Acc<T>* sum) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    add_rows_heads<T, 8, H>(rows + i, coef + i * E, E, d, width, i == 0, sum);
-  for (; i < n; ++i) add_rows_heads<T, 1, H>(rows + i, coef + i * E, E, d, width, i == 0, sum);
+    add_rows_heads<T, 8, H>(
+        rows + i, rows + (i + 16 <= n ? i + 8 : i), coef + i * E, E, d, width, i == 0, sum);
+  for (; i < n; ++i)
+    add_rows_heads<T, 1, H>(rows + i, rows + i, coef + i * E, E, d, width, i == 0, sum);
 }
 
 template <class T>
