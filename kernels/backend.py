@@ -105,6 +105,8 @@ _launch_score_heads_fwd = _Launch(score._score_heads_fwd_kernel)
 _launch_inverse = _Launch(score._inverse_kernel)
 _launch_outer_heads = _Launch(score._outer_heads_kernel)
 _launch_weighted_sum_heads = _Launch(score._weighted_sum_heads_kernel)
+_launch_score_dot_fwd = _Launch(score._score_dot_fwd_kernel)
+_launch_weighted_sum_dot = _Launch(score._weighted_sum_dot_kernel)
 _launch_listwise_fwd = _Launch(listwise._listwise_fwd_kernel)
 _launch_listwise_bwd = _Launch(listwise._listwise_bwd_kernel)
 _launch_plackett_luce_below = _Launch(plackett_luce._plackett_luce_below_kernel)
@@ -185,7 +187,9 @@ def _score_fwd(
 ) -> Tensor:
     head = _Head(hidden, weight, chosen)
     scores = _new_scores(hidden, weight, head.M)
-    if head.M:
+    if head.E > 1 and hidden.dtype == torch.bfloat16:
+        _score_dot(head, _contiguous(bias), scores)
+    elif head.M:
         many = head.E > 1
         launch = _launch_score_heads_fwd if many else _launch_score_fwd
         launch(
@@ -198,6 +202,24 @@ def _score_fwd(
             head.tile,
         )  # fmt: skip
     return scores
+
+
+def _score_dot(head: _Head, bias: Tensor | None, scores: Tensor) -> None:
+    t = rows.score_dot_tile(head.E)
+    G, per_program = rows.split(head.M, t, scores.device)
+    if head.M:
+        _launch_score_dot_fwd(
+            G * _blocks(head.E, t.D1), scores.device,
+            (head.E, *head.key(), *_dtypes(bias, head.chosen)),
+            (head.hidden, head.weight, bias, head.chosen, scores, head.M, head.T, head.S,
+             per_program, G, head.stride_b, head.stride_s),
+            lambda: dict(
+                D=head.D, E=head.E, BLOCK_E=t.D1, BLOCK_D=t.D0, BLOCK_M=t.BLOCK_M,
+                PIECES=1 if head.weight.dtype == torch.bfloat16 else 3, HAS_BIAS=bias is not None,
+                HAS_ROWS=head.chosen is not None, **head.layout(),
+            ),
+            t,
+        )  # fmt: skip
 
 
 def _new_scores(hidden: Tensor, weight: Tensor, M: int) -> Tensor:
@@ -246,11 +268,17 @@ def _outer_heads(head: _Head, coef: Tensor, hidden: Tensor) -> Tensor:
         )  # fmt: skip
     if head.M == 0:
         return dhidden.zero_()
-    G, per_program = rows.split(head.T, head.tile, hidden.device)
+    t = rows.outer_tile(head.D, hidden.element_size())
+    parts = _blocks(head.D, t.D0)
+    G, per_program = rows.split(head.T, t, hidden.device, parts)
     _launch_outer_heads(
-        G, hidden.device, (*head.key(), *_dtypes(coef, head.chosen)),
-        (coef, head.weight, head.chosen, inverse, dhidden, head.M, head.T, per_program, head.E),
-        lambda: head.constants(HAS_ROWS=head.chosen is not None), head.tile,
+        G * parts, hidden.device, (head.E, *head.key(), *_dtypes(coef, head.chosen)),
+        (coef, head.weight, head.chosen, inverse, dhidden, head.M, head.T, per_program, G),
+        lambda: dict(
+            D=head.D, E=head.E, HELD=min(head.E, t.D1), BLOCK_D=t.D0, BLOCK_M=t.BLOCK_M,
+            ACC=head.constants()["ACC"], HAS_ROWS=head.chosen is not None,
+        ),
+        t,
     )  # fmt: skip
     return dhidden
 
@@ -272,19 +300,23 @@ def _weighted_sum(head: _Head, weight: Tensor, coef: Tensor) -> Tensor:
 
 def _weighted_sum_heads(head: _Head, weight: Tensor, coef: Tensor) -> Tensor:
     """Σ_i coef_ie h_i, in weight's shape and dtype; coef (M, E)."""
-    t = rows.heads_tile(head.D, head.E)
+    dot = head.hidden.dtype == torch.bfloat16
+    t = rows.sum_dot_tile(head.E) if dot else rows.heads_tile(head.D, head.E)
     parts = _blocks(head.D, t.D0) * _blocks(head.E, t.D1)
     G, per_program = rows.split(head.M, t, weight.device, parts)
     partial = coef.new_empty(G, head.E * head.D)
     key = (head.E, *head.key(), *_dtypes(coef, head.chosen))
     if head.M:
-        _launch_weighted_sum_heads(
+        launch = _launch_weighted_sum_dot if dot else _launch_weighted_sum_heads
+        launch(
             G * parts, weight.device, key,
             (head.hidden, coef, head.chosen, partial, head.M, head.T, head.S, per_program, G,
              head.stride_b, head.stride_s),
             lambda: dict(
-                D=head.D, E=head.E, BLOCK_E=t.D1, BLOCK_D=t.D0, UNROLL=t.BLOCK_M,
-                ACC=head.constants()["ACC"], HAS_ROWS=head.chosen is not None, **head.layout(),
+                D=head.D, E=head.E, BLOCK_E=t.D1, BLOCK_D=t.D0, HAS_ROWS=head.chosen is not None,
+                **(dict(BLOCK_M=t.BLOCK_M) if dot else
+                   dict(UNROLL=t.BLOCK_M, ACC=head.constants()["ACC"])),
+                **head.layout(),
             ),
             t,
         )  # fmt: skip

@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Whether kernels may hold PTX: not on ROCm, and not in Triton's interpreter.
 HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+# What tensor cores multiply; the interpreter cannot multiply bf16, whose products fp32 holds.
+DOT = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 MOST = 2**31 - 2**10  # rows: those of a block that goes beyond the last still have 32-bit numbers
 
 
@@ -109,6 +111,29 @@ def split(M: int, t: Tile, device: torch.device, parts: int = 1) -> tuple[int, i
     blocks = -(-M // t.BLOCK_M)
     per_program = max(-(-blocks // most), 1) * t.BLOCK_M
     return -(-M // per_program), per_program
+
+
+@lru_cache
+def outer_tile(D: int, element_size: int) -> Tile:
+    """D0 columns of BLOCK_M rows of the rank-E write, and the weights of D1 heads in registers."""
+    values = 4 if element_size == 8 else 8  # of a row, in each thread
+    D0 = min(triton.next_power_of_2(D), 128 * values)
+    num_warps = max(D0 // (32 * values), 1)
+    return Tile(D0, 8, 4, num_warps, 12 // num_warps)
+
+
+@lru_cache
+def score_dot_tile(E: int) -> Tile:
+    """BLOCK_M rows and D0 columns of them at once, by D1 heads, on tensor cores."""
+    heads = max(min(triton.next_power_of_2(E), 64), 16)
+    return Tile(2048 // heads, heads, 64, 4, 2)
+
+
+@lru_cache
+def sum_dot_tile(E: int) -> Tile:
+    """D0 columns of D1 heads, which a program adds up over its rows, BLOCK_M at once."""
+    heads = max(min(triton.next_power_of_2(E), 64), 16)
+    return Tile(4096 // heads, heads, 32, 4, 2)
 
 
 @lru_cache

@@ -1,12 +1,14 @@
 """Scores of chosen rows, and the two halves of any head's backward: rank-1 write, weighted sum.
 
-The kernels named `heads` do the same for E heads, and read hidden once for all of them.
+The kernels named `heads` do the same for E heads, and read hidden once for all of them; those named
+`dot` do so for hidden states in bf16, on tensor cores.
 Letters: T rows of hidden, M candidates, D hidden size, E heads, G programs.
 """
 
 import triton
 import triton.language as tl
 from fastrm_kernels.rows import (
+    DOT,
     candidate_rows,
     dot_rows,
     load_columns,
@@ -16,7 +18,6 @@ from fastrm_kernels.rows import (
     row_start,
     store_columns,
     store_outer,
-    store_tile,
 )
 
 INTS = ["M", "T", "S", "per_program", "stride_b", "stride_s"]  # no reason to compile again
@@ -163,16 +164,24 @@ def _inverse_kernel(rows_ptr, inverse_ptr, M, T, BLOCK: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["M", "T", "per_program", "E"],
+    do_not_specialize=["M", "T", "per_program", "G"],
     do_not_specialize_on_alignment=["coef_ptr", "rows_ptr", "inverse_ptr"],
 )
 def _outer_heads_kernel(
     coef_ptr, weight_ptr, rows_ptr, inverse_ptr, dhidden_ptr,
-    M, T, per_program, E,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    ACC: tl.constexpr, HAS_ROWS: tl.constexpr,
+    M, T, per_program, G,
+    D: tl.constexpr, E: tl.constexpr, HELD: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, ACC: tl.constexpr, HAS_ROWS: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0) * per_program
+    """A program writes BLOCK_D columns of some rows; the weights of HELD heads are in registers."""
+    g = tl.program_id(0) % G
+    cols = (tl.program_id(0) // G * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    in_d = cols < D
+    held = ()
+    for k in tl.static_range(HELD):
+        w = tl.load(weight_ptr + k * D + cols, mask=in_d, other=0.0).to(ACC)
+        held = held + (w,)  # type: ignore[assignment]  # noqa: RUF005 (no stars in Triton)
+    start = g * per_program
     end = start + tl.minimum(per_program, T - start)
     for block in range(start, end, BLOCK_M):
         t = block + tl.arange(0, BLOCK_M)
@@ -184,26 +193,16 @@ def _outer_heads_kernel(
             chosen = chosen & (load_index(rows_ptr + i, chosen, -1) == t)
         else:
             i, chosen = t, ok
-        at = i.to(tl.int64) * E
-        out = _outer_heads(coef_ptr, weight_ptr, at, chosen, E, 0, D0, D, BLOCK_M, ACC)
-        store_tile(dhidden_ptr, t, ok, out, 0, D0, D)
-        if D1 > 0:
-            out = _outer_heads(coef_ptr, weight_ptr, at, chosen, E, D0, D1, D, BLOCK_M, ACC)
-            store_tile(dhidden_ptr, t, ok, out, D0, D1, D)
-
-
-@triton.jit
-def _outer_heads(
-    coef_ptr, weight_ptr, at, chosen, E, LO: tl.constexpr, DC: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_M, DC) columns LO.. of Σ_e coef_e w_e; 0 where nothing was chosen."""
-    out = tl.zeros((BLOCK_M, DC), ACC)
-    for e in range(E):
-        coef = tl.load(coef_ptr + at + e, mask=chosen, other=0.0).to(ACC)
-        w = load_columns(weight_ptr + tl.cast(e, tl.int64) * D, LO, DC, D, ACC)
-        out += tl.where(chosen[:, None], coef[:, None] * w[None, :], 0.0)
-    return out
+        at, chosen = coef_ptr + i.to(tl.int64)[:, None] * E, chosen[:, None]
+        out = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+        for k in tl.static_range(HELD):
+            out += tl.load(at + k, mask=chosen, other=0.0).to(ACC) * held[k]
+        for e in range(HELD, E):
+            head = weight_ptr + tl.cast(e, tl.int64) * D
+            w = tl.load(head + cols, mask=in_d, other=0.0).to(ACC)
+            out += tl.load(at + e, mask=chosen, other=0.0).to(ACC) * w
+        out = tl.where(chosen, out, 0.0).to(dhidden_ptr.dtype.element_ty)
+        tl.store(dhidden_ptr + t.to(tl.int64)[:, None] * D + cols, out, mask=ok[:, None] & in_d)
 
 
 @triton.jit(
@@ -237,3 +236,90 @@ def _weighted_sum_heads_kernel(
             total += coef * h
     at = (tl.cast(g, tl.int64) * E + heads[:, None]) * D + cols[None, :]
     tl.store(partial_ptr + at, total, mask=in_e & in_d)
+
+
+@triton.jit(
+    do_not_specialize=[*INTS, "G"],
+    do_not_specialize_on_alignment=["bias_ptr", "rows_ptr", "scores_ptr"],
+)
+def _score_dot_fwd_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, rows_ptr, scores_ptr,
+    M, T, S, per_program, G, stride_b, stride_s,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, PIECES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROWS: tl.constexpr,
+    BATCHED: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """A program takes some rows and BLOCK_E heads, whose weights are sums of PIECES of bf16."""
+    g = tl.program_id(0) % G
+    heads = (tl.program_id(0) // G * BLOCK_E + tl.arange(0, BLOCK_E))[None, :]
+    in_e = heads < E
+    start = g * per_program
+    end = start + tl.minimum(per_program, M - start)
+    for block in range(start, end, BLOCK_M):
+        i = block + tl.arange(0, BLOCK_M)
+        ok = i < end
+        t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
+        at = hidden_ptr + row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)[:, None]
+        s = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+        for lo in range(0, D, BLOCK_D):
+            cols = lo + tl.arange(0, BLOCK_D)
+            in_d = cols < D
+            h = tl.load(at + cols[None, :], mask=found[:, None] & in_d[None, :], other=0.0)
+            w = weight_ptr + heads.to(tl.int64) * D + cols[:, None]
+            w = tl.load(w, mask=in_e & in_d[:, None], other=0.0)
+            part = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)  # tensor cores truncate: no long sums
+            for p in tl.static_range(PIECES):
+                piece, w = split_piece(w, p == PIECES - 1)
+                part = tl.dot(h.to(DOT), piece, part)
+            s += part
+        if HAS_BIAS:
+            s += tl.load(bias_ptr + heads, mask=in_e, other=0.0).to(tl.float32)
+        out = tl.where(found[:, None], s, float("nan"))
+        tl.store(scores_ptr + i.to(tl.int64)[:, None] * E + heads, out, mask=ok[:, None] & in_e)
+
+
+@triton.jit(
+    do_not_specialize=[*INTS, "G"], do_not_specialize_on_alignment=["coef_ptr", "rows_ptr"]
+)
+def _weighted_sum_dot_kernel(
+    hidden_ptr, coef_ptr, rows_ptr, partial_ptr,
+    M, T, S, per_program, G, stride_b, stride_s,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, HAS_ROWS: tl.constexpr, BATCHED: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """As _weighted_sum_heads_kernel, each coefficient as three of bf16."""
+    COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    g = tl.program_id(0) % G
+    cols = (tl.program_id(0) // G % COLUMNS * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    heads = (tl.program_id(0) // G // COLUMNS * BLOCK_E + tl.arange(0, BLOCK_E))[:, None]
+    in_d, in_e = cols < D, heads < E
+    total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+    start = g * per_program
+    end = start + tl.minimum(per_program, M - start)
+    for block in range(start, end, BLOCK_M):
+        i = block + tl.arange(0, BLOCK_M)
+        ok = i < end
+        t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
+        at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)[:, None] + cols
+        h = tl.load(hidden_ptr + at, mask=found[:, None] & in_d, other=0.0)
+        at = i.to(tl.int64)[None, :] * E + heads
+        coef = tl.load(coef_ptr + at, mask=ok[None, :] & in_e, other=0.0)
+        part = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+        for p in tl.static_range(3):
+            piece, coef = split_piece(coef, p == 2)
+            part = tl.dot(piece, h.to(DOT), part)
+        total += part
+    at = (tl.cast(g, tl.int64) * E + heads) * D + cols
+    tl.store(partial_ptr + at, total, mask=in_e & in_d)
+
+
+@triton.jit
+def split_piece(x, LAST: tl.constexpr):
+    """The leading bits of x as a number of bf16, and the rest; the last of three is the rest."""
+    if LAST:
+        piece = x
+    else:
+        x = x.to(tl.float32)
+        piece = (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x -= piece
+    return piece.to(tl.bfloat16).to(DOT), x

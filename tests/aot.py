@@ -1,7 +1,8 @@
 """The Triton kernels for GPUs that need not be here: compiled ahead of time, launched on a fake.
 
     python tests/aot.py sm_90,sm_80 bf16,fp32 384,4096 [FLAG=value ...] [+ another such line ...]
-    python tests/aot.py sm_90 bf16 384,4096 kernels=heads E=8    (kernels=small: no hidden states)
+    python tests/aot.py sm_90 fp16 384,4096 kernels=heads E=8          (kernels=dot: those of bf16;
+                                                          kernels=small: those of scores alone)
     python tests/aot.py launches
 """
 
@@ -36,6 +37,7 @@ SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 KERNELS = {
     "listwise": ("_listwise_fwd_kernel", "_listwise_bwd_kernel"),
     "heads": ("_score_heads_fwd_kernel", "_outer_heads_kernel", "_weighted_sum_heads_kernel"),
+    "dot": ("_score_dot_fwd_kernel", "_outer_heads_kernel", "_weighted_sum_dot_kernel"),
     "small": (
         "_inverse_kernel", "_plackett_luce_below_kernel", "_plackett_luce_finish_kernel",
         "_group_loss_kernel", "_bradley_terry_pairs_kernel", "_bradley_terry_finish_kernel",
@@ -64,8 +66,12 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
         HAS_GROUP_WEIGHT=False, HAS_NUM_ITEMS=False, REDUCTION="mean", DWEIGHT=True,
         INVERSE=False, DHIDDEN=True, PARTIAL=True, SLICED=True, ZERO=True, ROWS=t.ROWS,
     )  # fmt: skip
-    if name in KERNELS["heads"]:
-        meta |= dict(E=4, BLOCK_E=t.D1, BLOCK_D=t.D0, UNROLL=t.BLOCK_M)
+    if name in KERNELS["heads"] + KERNELS["dot"]:
+        heads = flags.get("E", 4)
+        meta |= dict(
+            E=heads, BLOCK_E=t.D1, BLOCK_D=t.D0, UNROLL=t.BLOCK_M, HELD=min(heads, t.D1),
+            PIECES=3 if flags.get("WEIGHT") == "fp32" else 1,
+        )  # fmt: skip
     if name in KERNELS["small"]:
         meta |= dict(
             BLOCK=backend.BLOCK_G, FAN=128, BLOCK_I=backend.BLOCK_I, BLOCK_J=backend.BLOCK_J,
@@ -93,6 +99,8 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
         elif arg.endswith("_ptr"):
             stored = arg in ("hidden_ptr", "weight_ptr", "bias_ptr", "dhidden_ptr", "dweight_ptr")
             signature[arg] = POINTERS.get(arg) or f"*{dtype if stored else wide}"
+            if arg == "weight_ptr":
+                signature[arg] = f"*{flags.get('WEIGHT', dtype)}"
             if arg == "target_ptr" and meta["SOFT"]:
                 signature[arg] = f"*{wide}"
             if not param.do_not_specialize_on_alignment:
@@ -113,7 +121,13 @@ def tile(name: str, D: int, dtype: str, flags: dict[str, Any]) -> rows.Tile:
     if name in KERNELS["small"]:
         return backend.SMALL
     if name == "_weighted_sum_heads_kernel":
-        return rows.heads_tile(D, int(flags.get("E", 4)))
+        return rows.heads_tile(D, flags.get("E", 4))
+    if name == "_outer_heads_kernel":
+        return rows.outer_tile(D, SIZES[dtype])
+    if name == "_score_dot_fwd_kernel":
+        return rows.score_dot_tile(flags.get("E", 4))
+    if name == "_weighted_sum_dot_kernel":
+        return rows.sum_dot_tile(flags.get("E", 4))
     if name == "_listwise_fwd_kernel":
         return rows.forward_tile(D, SIZES[dtype])
     if name == "_listwise_bwd_kernel":
@@ -234,9 +248,12 @@ def _problem(
     return both
 
 
-def _head_problem(gathered: bool = False, M: int = 64, D: int = 128, E: int = 3) -> Any:
+def _head_problem(
+    gathered: bool = False, M: int = 64, D: int = 128, E: int = 3,
+    dtype: torch.dtype = torch.float32,
+) -> Any:  # fmt: skip
     """Forward and backward of the scores of E heads."""
-    hidden, weight = torch.zeros(4 * M, D), torch.zeros(E, D)
+    hidden, weight = torch.zeros(4 * M, D, dtype=dtype), torch.zeros(E, D)
     chosen = torch.arange(0, 4 * M, 4) if gathered else None
     heads, grad = backend.TritonBackend(), torch.ones(M if gathered else 4 * M, E)
 
@@ -299,7 +316,7 @@ def launches() -> None:
         "smoothed": _problem(smoothing=0.1), "centred": _problem(center=0.1),
         "no bias": _problem(bias=False), "wider": _problem(D=256),
         "heads": _head_problem(), "heads gathered": _head_problem(True),
-        "more heads": _head_problem(E=5),
+        "more heads": _head_problem(E=5), "heads in bf16": _head_problem(dtype=torch.bfloat16),
         "ranking": _ranking_problem("plackett_luce"),
         "longer ranking": _ranking_problem("plackett_luce", 5000, True, 0.1, "none"),
         "ranking alone": _ranking_problem("plackett_luce", needs_coef=False),
@@ -322,7 +339,8 @@ def launches() -> None:
     assert ours["more rows"][0][4] == ours["plain"][0][4]  # another M compiles nothing
 
     line: dict[str, Any] = {"triton": triton.__version__}
-    for name in ("heads", "heads gathered", "ranking", "longer ranking", "pairs", "pairs alone"):
+    for name in ("heads", "heads gathered", "heads in bf16", "ranking", "longer ranking", "pairs",
+                 "pairs alone"):  # fmt: skip
         line[name] = [call[4][0] for call in ours[name]]
     for name in ("plain", "gathered"):
         with _Operators() as operators:

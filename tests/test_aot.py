@@ -50,14 +50,17 @@ def test_resources() -> None:
 def test_resources_of_heads_and_rankings() -> None:
     bare = ["HAS_MARGIN=False", "HAS_POSITION_WEIGHT=False", "CENTER=False", "FINAL=False"]
     reports = aot(
-        "sm_90", "bf16", "96,576,1000,4096,5120,16384", "kernels=heads",
+        "sm_90", "fp16", "96,1000,4096,5120,16384", "kernels=heads",
         "+", "sm_90", "fp32", "384,16384", "kernels=heads", "E=7", "HAS_ROWS=True",
-        "+", "sm_80,sm_100", "bf16", "576", "kernels=heads", "BATCHED=True", "E=16",
-        "+", "sm_90", "bf16", "96", "kernels=heads", "E=64",
+        "+", "sm_80,sm_100", "fp16", "576", "kernels=heads", "BATCHED=True", "E=16",
+        "+", "sm_90", "fp16", "96", "kernels=heads", "E=64",
+        "+", "sm_80,sm_90,sm_100", "bf16", "96,4096", "kernels=dot", "E=8", "WEIGHT=fp32",
+        "+", "sm_90", "bf16", "576,16384", "kernels=dot", "BATCHED=True", "E=64",
+        "+", "sm_80,sm_90", "bf16", "1000", "kernels=dot", "E=30", "WEIGHT=fp16", "HAS_ROWS=True",
         "+", "sm_80,sm_90,sm_100", "fp32", "1", "kernels=small",
         "+", "sm_90", "fp32", "1", "kernels=small", *bare,
     )  # fmt: skip
-    assert len(reports) == 3 * (6 + 2 + 2 + 1) + 6 * (3 + 1)
+    assert len(reports) == 3 * (5 + 2 + 2 + 1) + 3 * (6 + 2 + 2) + 6 * (3 + 1)
     for report in reports:
         assert report["stack"] == report["spills"] == 0, report
         threads = 32 * report["warps"] * report["programs"]
@@ -67,9 +70,10 @@ def test_resources_of_heads_and_rankings() -> None:
 def test_every_target_compiles() -> None:
     reports = aot("sm_90", "fp64", "384,8192", "+", "gfx942", "bf16", "96,4096,5120",
                   "+", "sm_90", "fp64", "384", "kernels=heads",
-                  "+", "gfx942", "bf16", "384", "kernels=heads",
+                  "+", "gfx942", "fp16", "384", "kernels=heads",
+                  "+", "gfx942", "bf16", "384", "kernels=dot",
                   "+", "gfx942", "fp32", "1", "kernels=small")  # fmt: skip
-    assert [r.get("binary", r.get("registers")) > 0 for r in reports] == [True] * (10 + 6 + 6)
+    assert [r.get("binary", r.get("registers")) > 0 for r in reports] == [True] * (10 + 6 + 3 + 6)
 
 
 def test_a_cached_launch_is_tritons_own() -> None:
@@ -81,6 +85,9 @@ def test_a_cached_launch_is_tritons_own() -> None:
     heads = ["_outer_heads_kernel", "_weighted_sum_heads_kernel", "_sum_partials_kernel"]
     assert report["heads"] == ["_score_heads_fwd_kernel", *heads]
     assert report["heads gathered"] == ["_score_heads_fwd_kernel", "_inverse_kernel", *heads]
+    outer, _, combine = heads
+    dot = ["_score_dot_fwd_kernel", outer, "_weighted_sum_dot_kernel", combine]
+    assert report["heads in bf16"] == dot
     below, finish = "_plackett_luce_below_kernel", "_plackett_luce_finish_kernel"
     assert report["ranking"] == [below, "_group_loss_kernel", finish]
     assert report["longer ranking"] == [below, below, "_group_loss_kernel", finish]

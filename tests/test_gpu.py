@@ -109,8 +109,12 @@ def test_heads_as_accurate_as_eager_and_not_spilled(D: int, E: int, dtype: torch
     for times, got, theirs, x in zip((2, 3, 3), ours, eager, exact, strict=True):
         unit = torch.finfo(got.dtype).eps
         assert error(got, x) <= max(times * error(theirs, x), unit)
-    for launch in (backend._launch_score_heads_fwd, backend._launch_outer_heads,
-                   backend._launch_weighted_sum_heads):  # fmt: skip
+    launches = [backend._launch_outer_heads, *(
+        (backend._launch_score_dot_fwd, backend._launch_weighted_sum_dot)
+        if dtype == torch.bfloat16 else
+        (backend._launch_score_heads_fwd, backend._launch_weighted_sum_heads)
+    )]  # fmt: skip
+    for launch in launches:
         assert launch.compiled
         assert all(compiled.n_spills == 0 for compiled, _ in launch.compiled.values())
 

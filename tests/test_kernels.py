@@ -198,7 +198,7 @@ def score_and_gradients(
     [("plain", 7, 3), ("padded", 300, 2), ("columns", 96, 5), ("gathered", 40, 7)],
 )
 def test_heads(poisoned: None, layout: str, D: int, E: int, dtype: str) -> None:
-    """Scores within 2x, gradients within 3x the error of eager PyTorch; each head's own bits."""
+    """Scores within 2x, gradients within 3x the error of eager PyTorch."""
     leaves, chosen, grad = head_problem(layout, D, E, DTYPES[dtype])
     exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
     exact = score_and_gradients(exact_leaves, chosen, grad, "torch")
@@ -212,16 +212,38 @@ def test_heads(poisoned: None, layout: str, D: int, E: int, dtype: str) -> None:
     hidden, weight, bias = leaves
     for e in (0, E - 1):
         alone = fastrm.score(hidden, weight[e], bias[e], rows=chosen, backend="triton")
-        assert torch.equal(alone, ours[0][:, e])
+        if dtype != "bf16":  # which several heads multiply on tensor cores
+            assert torch.equal(alone, ours[0][:, e])
     again = score_and_gradients(leaves, chosen, grad, "triton")
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
-def test_more_heads_than_a_program_adds_up() -> None:
-    leaves, chosen, grad = head_problem("gathered", 70, 66, torch.float64)
-    exact = score_and_gradients(leaves, chosen, grad, "torch")
+@pytest.mark.parametrize("dtype", ["fp64", "bf16"])
+def test_more_heads_than_a_program_adds_up(dtype: str) -> None:
+    leaves, chosen, grad = head_problem("gathered", 70, 66, DTYPES[dtype])
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    exact = score_and_gradients(exact_leaves, chosen, grad, "torch")
     ours = score_and_gradients(leaves, chosen, grad, "triton")
-    assert all(error(a.detach(), b.detach()) < 1e-14 for a, b in zip(ours, exact, strict=True))
+    for a, b in zip(ours, exact, strict=True):
+        unit = 1e-14 if dtype == "fp64" else torch.finfo(a.dtype).eps
+        assert error(a.detach(), b.detach()) < unit
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float16, torch.bfloat16])
+def test_heads_of_hidden_states_in_bf16_keep_every_bit_of_the_weights(wide: torch.dtype) -> None:
+    """On tensor cores in pieces; with a scale at which a piece that is lost would show."""
+    g = torch.Generator(DEVICE).manual_seed(0)
+    hidden = torch.randn(70, 300, generator=g, device=DEVICE).bfloat16()
+    weight = (torch.randn(5, 300, generator=g, device=DEVICE) * 1e-3).to(wide)
+    grad = torch.randn(70, 5, generator=g, device=DEVICE) * 1e3
+    triton = backends.FUSED[backends.choose(DEVICE, "triton")]
+    scores = triton.score_fwd(hidden, weight, None, None)
+    _, dweight, _ = triton.score_bwd(grad, hidden, weight.float(), None, False, True, False)
+    wide_hidden, wide_weight = hidden.double(), weight.double()
+    bound = wide_hidden.abs() @ wide_weight.abs().T
+    assert ((scores - wide_hidden @ wide_weight.T).abs() <= 2e-7 * bound).all()
+    bound = grad.double().abs().T @ wide_hidden.abs()
+    assert ((dweight - grad.double().T @ wide_hidden).abs() <= 2e-7 * bound).all()
 
 
 def test_heads_of_rows_that_are_not_there(
