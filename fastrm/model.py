@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from fastrm import functional
+from fastrm.packing import padding_position
 
 # The losses that a trainer can take, and what of a batch they read.
 LOSSES: Mapping[str, tuple[str, ...]] = {
@@ -347,6 +348,9 @@ def is_encoder(model: PreTrainedModel) -> bool:
 def token_limit(model: PreTrainedModel, tokenizer: Any, max_length: int | None) -> int | None:
     """The smallest of `max_length` and what the model and its tokenizer can read."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    padding = padding_position(getattr(model, "base_model", None))
+    if positions and padding is not None:
+        positions -= padding + 1
     limits = [n for n in (max_length, positions, tokenizer.model_max_length) if n and n > 0]
     return min(limits, default=None)
 

@@ -326,8 +326,11 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
         if "last" not in batch and (table := _table(model)) is not None:
             ids = [part.pop("input_ids") for part in parts]
             found = table(torch.cat([x.flatten() for x in ids])).split([x.numel() for x in ids])
+            padding = padding_position(_base(model))
             for part, x, embedded in zip(parts, ids, found, strict=True):
                 part["inputs_embeds"] = embedded.view(*x.shape, -1)
+                if padding is not None:
+                    part["position_ids"] = _counted(x, torch.zeros_like(x), padding)
         for part in parts:
             outputs = forward(**part)
         return outputs
@@ -337,13 +340,18 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
         name = next(name for name in _CACHES if name in outputs)
         outputs[name].batch_select_indices(batch["prompt"])
         inputs |= {name: outputs[name], "use_cache": True}
-    pools = "first" in batch
+    base, pools = _base(model), "first" in batch
     if "ends" in batch:
-        inputs["attention_mask"] = tree_mask(config, batch["ends"], batch["position_ids"], pools)
+        inputs["attention_mask"] = tree_mask(
+            config, batch["ends"], batch["position_ids"], base.dtype, pools
+        )
     if not pools:
         return forward(**inputs)
-    with _pooling_at(_base(model), batch["first"]):
-        inputs["position_ids"] = inputs["position_ids"] + _first_position(_base(model))
+    if (padding := padding_position(base)) is not None:
+        ids, positions = inputs["input_ids"], inputs["position_ids"]
+        begins = torch.arange(ids.shape[1], device=ids.device) - positions
+        inputs["position_ids"] = _counted(ids, begins, padding)
+    with _pooling_at(base, batch["first"]):
         return forward(**inputs)
 
 
@@ -370,11 +378,19 @@ def _pooling_at(base: Any, first: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def _first_position(base: Any) -> int:
-    """Of a sequence's first token: RoBERTa and its kin count on from their padding's."""
+def padding_position(base: Any) -> int | None:
+    """Of RoBERTa and its kin: the id and the position of padding, from which positions count on."""
     table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
-    return 0 if padding is None else padding + 1
+    return getattr(table, "padding_idx", None)
+
+
+def _counted(ids: Tensor, begins: Tensor, padding: int) -> Tensor:
+    """The positions that those models give: a padding token in a text has padding's, and does not
+    count; begins (B, L), where a token's sequence begins.
+    """
+    real = ids != padding
+    before = torch.nn.functional.pad(real.cumsum(1), (1, 0))  # of those before a place
+    return padding + (before[:, 1:] - before.gather(1, begins)) * real
 
 
 def _table(model: Any) -> torch.nn.Embedding | None:
@@ -401,6 +417,7 @@ def tree_mask(
     config: Any,
     ends: Tensor,  # (B, L)
     positions: Tensor,  # (B, L)
+    dtype: torch.dtype = torch.float32,
     both_ways: bool = False,
 ) -> Any:
     """The mask that the model's attention takes, a dict of them where it has kinds of layers."""
@@ -409,7 +426,8 @@ def tree_mask(
     places = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
     begins = places - positions if both_ways else places
     masks = {
-        kind: make(begins, ends, positions, window) for kind, window in _windows(config).items()
+        kind: make(begins, ends, positions, window, dtype)
+        for kind, window in _windows(config).items()
     }
     return masks.get(None, masks)
 
@@ -436,21 +454,24 @@ def _reads(
 
 
 def _bool_mask(
-    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None
+    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None, dtype: Any = None
 ) -> Tensor:  # (B, 1, L, L)
     b, q = (torch.arange(n, device=ends.device) for n in ends.shape)
     return _reads(begins, ends, positions, window)(b[:, None, None, None], 0, q[:, None], q)
 
 
 def _additive_mask(
-    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None
+    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None, dtype: torch.dtype
 ) -> Tensor:
     # Eager attention adds its mask to the scores: a bool one would be added as 0 and 1.
-    lowest = torch.finfo(torch.float32).min
-    return torch.where(_bool_mask(begins, ends, positions, window), 0.0, lowest)
+    zero = torch.zeros((), dtype=dtype, device=ends.device)
+    mask = _bool_mask(begins, ends, positions, window)
+    return torch.where(mask, zero, torch.finfo(dtype).min)
 
 
-def _block_mask(begins: Tensor, ends: Tensor, positions: Tensor, window: int | None) -> Any:
+def _block_mask(
+    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None, dtype: Any = None
+) -> Any:
     """From what ends where in each block of tokens: (L / 128)² numbers, where a mask takes L²."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -463,6 +484,8 @@ def _block_mask(begins: Tensor, ends: Tensor, positions: Tensor, window: int | N
     last = (first + size).clamp(max=L) - 1
     some = (least[0][:, None] <= last) & (most[1][:, None] > first)  # (B, Q, K)
     full = (most[0][:, None] <= first) & (least[1][:, None] > last)
+    whole = first + size <= L
+    full = full & whole & whole[:, 0]
     if window is not None:
         some = some & (least[2][:, :, None] - most[2][:, None] < window)
         full = full & (most[2][:, :, None] - least[2][:, None] < window)
@@ -533,7 +556,6 @@ def disagreement(
     pad = getattr(model.config, "pad_token_id", None) or 0
     vocabulary = model.config.get_text_config().vocab_size
     ids = (np.arange(64) * 7919 + 1) % vocabulary
-    ids[ids == pad] = (pad + 1) % vocabulary  # which some models give no position
     examples = [
         {"input_ids": [np.append(ids[:P], ids[9 * k :][:n]) for k, n in enumerate(answers, 1)],
          "token_type_ids": None, "prompt_length": P}

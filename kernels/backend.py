@@ -305,15 +305,18 @@ def _weighted_sum_heads(head: _Head, weight: Tensor, coef: Tensor) -> Tensor:
     parts = _blocks(head.D, t.D0) * _blocks(head.E, t.D1)
     G, per_program = rows.split(head.M, t, weight.device, parts)
     partial = coef.new_empty(G, head.E * head.D)
-    key = (head.E, *head.key(), *_dtypes(coef, head.chosen))
+    key = (head.E, *head.key(), *_dtypes(coef))
     if head.M:
+        # A row that counts for no head, which may hold NaN, is left out like one that is not there.
+        chosen = torch.arange(head.M, device=coef.device) if head.chosen is None else head.chosen
+        chosen = chosen.long().masked_fill(~coef.any(1), -1)
         launch = _launch_weighted_sum_dot if dot else _launch_weighted_sum_heads
         launch(
             G * parts, weight.device, key,
-            (head.hidden, coef, head.chosen, partial, head.M, head.T, head.S, per_program, G,
+            (head.hidden, coef, chosen, partial, head.M, head.T, head.S, per_program, G,
              head.stride_b, head.stride_s),
             lambda: dict(
-                D=head.D, E=head.E, BLOCK_E=t.D1, BLOCK_D=t.D0, HAS_ROWS=head.chosen is not None,
+                D=head.D, E=head.E, BLOCK_E=t.D1, BLOCK_D=t.D0,
                 **(dict(BLOCK_M=t.BLOCK_M) if dot else
                    dict(UNROLL=t.BLOCK_M, ACC=head.constants()["ACC"])),
                 **head.layout(),

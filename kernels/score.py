@@ -212,8 +212,7 @@ def _weighted_sum_heads_kernel(
     hidden_ptr, coef_ptr, rows_ptr, partial_ptr,
     M, T, S, per_program, G, stride_b, stride_s,
     D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr, ACC: tl.constexpr, HAS_ROWS: tl.constexpr, BATCHED: tl.constexpr,
-    ALIGN: tl.constexpr,
+    UNROLL: tl.constexpr, ACC: tl.constexpr, BATCHED: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A program adds up some rows, BLOCK_D columns and BLOCK_E heads: partial is (G, E, D)."""
     g = tl.program_id(0) % G
@@ -228,7 +227,7 @@ def _weighted_sum_heads_kernel(
         for j in tl.static_range(UNROLL):  # so many loads are under way
             i = block + j + tl.arange(0, 1)
             ok = i < end
-            t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
+            t, found = candidate_rows(rows_ptr, i, ok, T, True)
             at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)[:, None] + cols[None, :]
             h = tl.load(hidden_ptr + at, mask=found[:, None] & in_d, other=0.0).to(ACC)
             at = i.to(tl.int64)[None, :] * E + heads[:, None]
@@ -285,7 +284,7 @@ def _weighted_sum_dot_kernel(
     hidden_ptr, coef_ptr, rows_ptr, partial_ptr,
     M, T, S, per_program, G, stride_b, stride_s,
     D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, HAS_ROWS: tl.constexpr, BATCHED: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BATCHED: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """As _weighted_sum_heads_kernel, each coefficient as three of bf16."""
     COLUMNS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -299,7 +298,7 @@ def _weighted_sum_dot_kernel(
     for block in range(start, end, BLOCK_M):
         i = block + tl.arange(0, BLOCK_M)
         ok = i < end
-        t, found = candidate_rows(rows_ptr, i, ok, T, HAS_ROWS)
+        t, found = candidate_rows(rows_ptr, i, ok, T, True)
         at = row_start(t, S, stride_b, stride_s, BATCHED, ALIGN)[:, None] + cols
         h = tl.load(hidden_ptr + at, mask=found[:, None] & in_d, other=0.0)
         at = i.to(tl.int64)[None, :] * E + heads

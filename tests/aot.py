@@ -79,6 +79,7 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
             HAS_MARGIN=True, HAS_GROUP_WEIGHT=True, HAS_NUM_ITEMS=True, HAS_ROWS=True,
         )  # fmt: skip
     meta.update(flags)
+    meta["HAS_ROWS"] |= name.startswith("_weighted_sum_")  # those of heads
     wide = "fp64" if dtype == "fp64" else "fp32"
     absent = {
         "margin_ptr": meta["HAS_MARGIN"], "group_weight_ptr": meta["HAS_GROUP_WEIGHT"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -228,6 +229,27 @@ def test_an_ensemble_is_the_mean_of_its_heads(backend: str, loss: str, reduction
     got, exact = run(together, args, backend), run(apart, args)
     for name, x in exact.items():
         torch.testing.assert_close(got[name], x, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_group_that_is_left_out_of_an_ensemble_may_hold_anything(
+    backend: str, gathered: bool, dtype: torch.dtype
+) -> None:
+    args = ranking("plackett_luce", [3, 4, 5], 6, gathered=gathered)
+    del args["ranks"]
+    hidden = args["hidden"].detach().to(dtype)
+    args |= {"target": torch.tensor([2, -100, 0]), "weight": torch.randn(3, 6), "bias": None}
+    rows = args["rows"][3:7] if gathered else slice(3, 7)
+    found = []
+    for value in (0.0, math.nan, math.inf):
+        hidden.view(-1, 6)[rows] = value
+        mine = {**args, "hidden": hidden.clone()}
+        found.append(run(lambda a: fastrm.listwise_loss(**a, backend=backend), mine, backend))
+    for other in found[1:]:
+        for name in found[0]:
+            assert torch.equal(other[name], found[0][name]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -275,6 +275,12 @@ def test_token_limit_and_dropout():
     model, tokenizer = make_decoder("gpt2", dropout=0.5), make_tokenizer()
     assert token_limit(model, tokenizer, None) == 128
     assert token_limit(model, tokenizer, 50) == 50
+    config = AutoConfig.for_model(
+        "roberta", hidden_size=32, num_attention_heads=4, intermediate_size=48, vocab_size=50,
+        num_hidden_layers=1, num_labels=1, pad_token_id=1, max_position_embeddings=66,
+    )  # fmt: skip
+    roberta = AutoModelForSequenceClassification.from_config(config)  # its positions begin with 2
+    assert token_limit(roberta, tokenizer, None) == 64
     tokenizer.model_max_length = 20
     assert token_limit(model, tokenizer, 50) == 20
     inputs = {"input_ids": torch.arange(1, 9)[None]}

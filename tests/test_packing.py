@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -188,11 +189,11 @@ def test_any_groups_in_any_number_of_rows(shapes, layout, pair):
     assert difference(expected, found) <= 1e-10
 
 
-def no_mask(begins, ends, positions, window):
+def no_mask(*args):
     return None
 
 
-def causal(begins, ends, positions, window):
+def causal(begins, ends, positions, window, dtype):
     return packing._bool_mask(begins, torch.full_like(ends, ends.shape[1]), positions, window)
 
 
@@ -384,7 +385,9 @@ def test_blocks_of_flex_attention_hold_the_same_mask(shapes, layout, window, pai
     assert not (partial & full).any() and not (full & ~whole).any()
     assert not (read & ~(partial | full)).any()
     if window is None:
-        assert torch.equal(partial | full, read)
+        theirs = create_block_mask(found.mask_mod, B, None, L, L, device="cpu")
+        assert torch.equal(full, _blocks(theirs.full_kv_num_blocks, theirs.full_kv_indices))
+        assert torch.equal(partial, _blocks(theirs.kv_num_blocks, theirs.kv_indices))
 
 
 def _blocks(count, which):
@@ -483,10 +486,10 @@ def make_encoder(kind, **options):
 
 
 def pairs(examples):
-    """The same without the padding token, and with token types."""
+    """The same with token types, and with the padding token inside some texts."""
     found = []
     for e in examples:
-        ids = [np.maximum(i, 2) for i in e["input_ids"]]
+        ids = [np.where(np.arange(len(i)) % 4 == 2, 1, i) for i in e["input_ids"]]
         types = [(np.arange(len(i)) >= e["prompt_length"]).astype(np.int64) for i in ids]
         found.append({**e, "input_ids": ids, "token_type_ids": types})
     return found
@@ -517,13 +520,13 @@ def test_packed_encoders_pool_what_they_would_one_by_one(kind, attention):
     head = attach_head(model)
     if not takes_types:
         examples = [{**e, "token_type_ids": None} for e in examples]
-    for cost in (Cost(), Cost(0.1)):  # one row, and several
-        batch = RaggedCollator(1, False, ["packed"], cost)(examples)
+    for layout, cost in (("packed", Cost()), ("packed", Cost(0.1)), ("split", Cost())):
+        batch = RaggedCollator(1, False, [layout], cost)(examples)
         with head.fitting(batch) as found:
             packing.run(model, batch, model.config).logits.flatten()[0].backward()
         assert difference(expected, (found.scores, gradients(model))) <= 1e-10
-    assert len(batch["input_ids"]) > 1
     assert packing.disagreement(model, head, "packed", pools=True) is None
+    assert packing.disagreement(model.bfloat16(), head, "packed", pools=True) is None
 
 
 @pytest.mark.parametrize(
