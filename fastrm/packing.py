@@ -426,9 +426,10 @@ def tree_mask(
     places = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
     begins = places - positions if both_ways else places
     masks = {
-        kind: make(begins, ends, positions, window, dtype)
-        for kind, window in _windows(config).items()
+        kind: make(begins, ends, positions, window) for kind, window in _windows(config).items()
     }
+    if make is _additive_mask:
+        masks = {kind: mask.to(dtype) for kind, mask in masks.items()}
     return masks.get(None, masks)
 
 
@@ -454,24 +455,18 @@ def _reads(
 
 
 def _bool_mask(
-    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None, dtype: Any = None
+    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None
 ) -> Tensor:  # (B, 1, L, L)
     b, q = (torch.arange(n, device=ends.device) for n in ends.shape)
     return _reads(begins, ends, positions, window)(b[:, None, None, None], 0, q[:, None], q)
 
 
-def _additive_mask(
-    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None, dtype: torch.dtype
-) -> Tensor:
+def _additive_mask(begins: Tensor, ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
     # Eager attention adds its mask to the scores: a bool one would be added as 0 and 1.
-    zero = torch.zeros((), dtype=dtype, device=ends.device)
-    mask = _bool_mask(begins, ends, positions, window)
-    return torch.where(mask, zero, torch.finfo(dtype).min)
+    return torch.where(_bool_mask(begins, ends, positions, window), 0.0, -torch.inf)
 
 
-def _block_mask(
-    begins: Tensor, ends: Tensor, positions: Tensor, window: int | None, dtype: Any = None
-) -> Any:
+def _block_mask(begins: Tensor, ends: Tensor, positions: Tensor, window: int | None) -> Any:
     """From what ends where in each block of tokens: (L / 128)² numbers, where a mask takes L²."""
     from torch.nn.attention.flex_attention import BlockMask
 

@@ -193,7 +193,7 @@ def no_mask(*args):
     return None
 
 
-def causal(begins, ends, positions, window, dtype):
+def causal(begins, ends, positions, window):
     return packing._bool_mask(begins, torch.full_like(ends, ends.shape[1]), positions, window)
 
 
