@@ -316,10 +316,8 @@ def _weighted_sum_heads(head: _Head, weight: Tensor, coef: Tensor) -> Tensor:
             (head.hidden, coef, chosen, partial, head.M, head.T, head.S, per_program, G,
              head.stride_b, head.stride_s),
             lambda: dict(
-                D=head.D, E=head.E, BLOCK_E=t.D1, BLOCK_D=t.D0,
-                **(dict(BLOCK_M=t.BLOCK_M) if dot else
-                   dict(UNROLL=t.BLOCK_M, ACC=head.constants()["ACC"])),
-                **head.layout(),
+                D=head.D, E=head.E, BLOCK_E=t.D1, BLOCK_D=t.D0, BLOCK_M=t.BLOCK_M,
+                **({} if dot else dict(ACC=head.constants()["ACC"])), **head.layout(),
             ),
             t,
         )  # fmt: skip

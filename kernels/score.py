@@ -212,7 +212,7 @@ def _weighted_sum_heads_kernel(
     hidden_ptr, coef_ptr, rows_ptr, partial_ptr,
     M, T, S, per_program, G, stride_b, stride_s,
     D: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr, ACC: tl.constexpr, BATCHED: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, ACC: tl.constexpr, BATCHED: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A program adds up some rows, BLOCK_D columns and BLOCK_E heads: partial is (G, E, D)."""
     g = tl.program_id(0) % G
@@ -223,8 +223,8 @@ def _weighted_sum_heads_kernel(
     total = tl.zeros((BLOCK_E, BLOCK_D), ACC)
     start = g * per_program
     end = start + tl.minimum(per_program, M - start)
-    for block in range(start, end, UNROLL):
-        for j in tl.static_range(UNROLL):  # so many loads are under way
+    for block in range(start, end, BLOCK_M):
+        for j in tl.static_range(BLOCK_M):  # so many loads are under way
             i = block + j + tl.arange(0, 1)
             ok = i < end
             t, found = candidate_rows(rows_ptr, i, ok, T, True)

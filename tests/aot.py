@@ -69,7 +69,7 @@ def compile_kernel(name: str, D: int, dtype: str, target: str, **flags: Any) -> 
     if name in KERNELS["heads"] + KERNELS["dot"]:
         heads = flags.get("E", 4)
         meta |= dict(
-            E=heads, BLOCK_E=t.D1, BLOCK_D=t.D0, UNROLL=t.BLOCK_M, HELD=min(heads, t.D1),
+            E=heads, BLOCK_E=t.D1, BLOCK_D=t.D0, HELD=min(heads, t.D1),
             PIECES=3 if flags.get("WEIGHT") == "fp32" else 1,
         )  # fmt: skip
     if name in KERNELS["small"]:
