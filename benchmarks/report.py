@@ -65,12 +65,16 @@ def write(results: Path) -> str:
 
 def load(folder: Path) -> Machine:
     rows: list[Row] = []
-    versions: dict[str, None] = {}
+    commits: dict[str, dict[str, None]] = {}  # of each version of torch
     for path in sorted(folder.glob("*.jsonl")):
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         env = json.loads(head)["environment"]
-        versions[f"torch {env['torch']}, commit {env['commit']}"] = None
+        commits.setdefault(env["torch"], {})[env["commit"]] = None
         rows += ({"loss": "listwise", **json.loads(line)} for line in lines)
+    versions = (
+        f"torch {torch}, commit{'s' * (len(found) > 1)} {', '.join(found)}"
+        for torch, found in commits.items()
+    )
     return Machine(folder, env["device"], "; ".join(versions), rows)
 
 
