@@ -16,6 +16,8 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -270,6 +272,16 @@ def measure(
             running[name] = CONTESTANTS[name](copy.deepcopy(model), Examples(examples)), [], []
         except ValueError as e:  # a layout that this model cannot run
             rows.append({**base, "provider": name, "skipped": str(e)})
+    peaks = {}  # first, while this process leaves the memory to those that it starts
+    for name in list(running):
+        note(f"memory of {name}")
+        try:
+            peaks[name] = _peak_memory(setting, name, device)
+        except MemoryError as e:
+            rows.append({**base, "provider": name, "skipped": str(e)})
+            del running[name]
+    if not running:
+        return rows
     order = list(running)
     for i, batch in enumerate(batches):
         note(f"step {i} of {len(batches) - 1}")
@@ -294,13 +306,8 @@ def measure(
             **row, "step_s": median(times), "groups_per_s": N * len(times) / sum(times),
             "tokens_computed": tokens,
             "head_loss_s": median(contestant.head_and_loss(batch) for batch in batches[-3:]),
+            "peak_bytes": peaks[name],
         })  # fmt: skip
-    del contestant
-    running.clear()  # the processes that measure memory need it
-    for row in rows:
-        if "step_s" in row:
-            note(f"memory of {row['provider']}")
-            row["peak_bytes"] = _peak_memory(setting, row["provider"], device)
     return rows
 
 
@@ -331,12 +338,23 @@ def _facts(batches: Sequence[Sequence[Example]]) -> dict[str, int]:
 
 def _peak_memory(setting: Setting, name: str, device: torch.device) -> int | None:
     """Memory of two steps beyond model and optimiser, those of the batches with the longest
-    candidates; None where the system does not tell. Of a CPU only a new process can."""
+    candidates; None where the system does not tell. Of a CPU only a new process can.
+
+    Raises:
+        MemoryError: the new process was killed.
+    """
     if device.type == "cuda":
         return _memory(setting, name, str(device), torch.get_num_threads())
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_memory, (setting, name, str(device), torch.get_num_threads()))
+    with ProcessPoolExecutor(1, context) as pool:
+        future = pool.submit(_memory, setting, name, str(device), torch.get_num_threads())
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise MemoryError(
+                "two steps of it were killed, most likely for want of memory: a smaller "
+                "--batch-size or --dtype bf16 takes less"
+            ) from None
 
 
 def _memory(setting: Setting, name: str, device: str, threads: int) -> int | None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -374,3 +376,21 @@ def test_a_wrong_training_step_is_not_timed(tiny: Any, monkeypatch: pytest.Monke
     assert "failed" in found["wrong"] and "groups_per_s" not in found["wrong"]
     assert "groups_per_s" in found["padded-loop"] and "groups_per_s" in found["fastrm-padded"]
     assert "skipped" in found["trl"]
+
+
+def test_a_contestant_that_is_killed_for_memory_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("transformers")
+    from fastrm_benchmarks import train
+
+    monkeypatch.setattr(train, "_memory", _killed)
+    setting = train.Setting("llama-small", "5/3/3", batch_size=1)
+    (row,) = train.measure(setting, ["padded-loop"], CPU, 1)
+    assert "want of memory" in row["skipped"] and "groups_per_s" not in row
+    assert "want of memory" in train.table([row])
+
+
+def _killed(*args: Any) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
