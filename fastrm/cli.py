@@ -29,7 +29,7 @@ from fastrm.packing import LayoutError
 
 ROW_FORMAT = """\
 data files: rows, one a group, with as many candidates as the group has, as JSON lines, .json,
-.csv or .parquet, or NAME or NAME:SPLIT of a dataset on the Hugging Face hub
+.csv, .tsv or .parquet, or NAME or NAME:SPLIT of a dataset on the Hugging Face hub
   {"prompt": "2+2?", "candidates": ["5", "4", "22"], "best": 1}
   prompt and each candidate: text, or chat messages [{"role": ..., "content": ...}, ...]
   best: position of the best candidate, from 0; in its place there may be

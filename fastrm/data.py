@@ -46,7 +46,7 @@ def read_rows(source: str | Path, labelled: bool = True) -> list[Row]:
     """Rows of a file or a dataset, each converted where need be and checked.
 
     Args:
-        source: a JSONL, JSON (a list of rows), CSV or Parquet file, or NAME or NAME:SPLIT of a
+        source: a JSONL, JSON (a list of rows), CSV, TSV or Parquet file, or NAME or NAME:SPLIT of a
             dataset on the Hugging Face hub (split train); rows in one of `fastrm.formats.FORMATS`.
             A CSV cell holds text, or JSON for messages, lists and numbers.
         labelled: whether each row must say which candidate is best.

@@ -313,8 +313,8 @@ def load(source: str | Path) -> Iterator[tuple[str, Any]]:
     """What to call each row in an error, and the row, or the `DataError` that reading it gave.
 
     Args:
-        source: a file, CSV, Parquet or JSON by its name and JSON lines else; or where there is no
-            such file NAME or NAME:SPLIT of a dataset on the Hugging Face hub (split train).
+        source: a file, CSV, TSV, Parquet or JSON by its name and JSON lines else; or where there
+            is no such file NAME or NAME:SPLIT of a dataset on the Hugging Face hub (split train).
 
     Raises:
         DataError: the source cannot be read at all.
@@ -370,13 +370,13 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         content = file.read()
-    return _csv_rows(content, path)
+    return _csv_rows(content, path, "\t" if path.suffix.lower() == ".tsv" else ",")
 
 
-def _csv_rows(content: str, path: Path) -> Iterator[tuple[str, Any]]:
+def _csv_rows(content: str, path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
     before = csv.field_size_limit(sys.maxsize)  # a cell may hold many candidates
     try:
-        reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+        reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
         header = next(reader, [])
         line = reader.line_num + 1
         for cells in reader:
@@ -454,6 +454,7 @@ _READERS: dict[str, tuple[str, Callable[[Path], Iterator[tuple[str, Any]]]]] = {
     ".jsonl": ("JSONL", _read_jsonl),
     ".json": ("JSON", _read_json),
     ".csv": ("CSV", _read_csv),
+    ".tsv": ("TSV", _read_csv),
     ".parquet": ("Parquet", _read_parquet),
 }
 

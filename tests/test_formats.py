@@ -96,7 +96,8 @@ def write_jsonl(rows, path):
 
 def write_csv(rows, path):
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(by_column(rows)))
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        writer = csv.DictWriter(file, list(by_column(rows)), delimiter=delimiter)
         writer.writeheader()
         for row in rows:
             writer.writerow({c: v if isinstance(v, str) or v is None else json.dumps(v)
@@ -119,7 +120,10 @@ def write_json(rows, path):
     path.write_text(json.dumps(rows, indent=1), "utf-8")
 
 
-FILES = {".jsonl": write_jsonl, ".json": write_json, ".csv": write_csv, ".parquet": write_parquet}
+FILES = {
+    ".jsonl": write_jsonl, ".json": write_json, ".csv": write_csv, ".tsv": write_csv,
+    ".parquet": write_parquet,
+}  # fmt: skip
 
 
 def read_all(rows, folder):
