@@ -29,8 +29,19 @@ class Machine:
 
     folder: Path
     device: str
-    versions: str
+    sources: dict[str, dict[str, dict[str, None]]]  # by sweep and version of torch: commits
     rows: list[Row]
+
+    def versions(self, *sweeps: str) -> str:
+        """Of torch and of fastrm, that the rows of these sweeps come from."""
+        commits: dict[str, dict[str, None]] = {}
+        for sweep in sweeps:
+            for torch, found in self.sources.get(sweep, {}).items():
+                commits.setdefault(torch, {}).update(found)
+        return "; ".join(
+            f"torch {torch}, commit{'s' * (len(found) > 1)} {', '.join(found)}"
+            for torch, found in commits.items()
+        )
 
     def sweep(self, name: str) -> dict[Point, dict[tuple[str, str], Row]]:
         """Rows of a sweep by point, then by (provider, mode)."""
@@ -65,17 +76,16 @@ def write(results: Path) -> str:
 
 def load(folder: Path) -> Machine:
     rows: list[Row] = []
-    commits: dict[str, dict[str, None]] = {}  # of each version of torch
+    sources: dict[str, dict[str, dict[str, None]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         env = json.loads(head)["environment"]
-        commits.setdefault(env["torch"], {})[env["commit"]] = None
-        rows += ({"loss": "listwise", **json.loads(line)} for line in lines)
-    versions = (
-        f"torch {torch}, commit{'s' * (len(found) > 1)} {', '.join(found)}"
-        for torch, found in commits.items()
-    )
-    return Machine(folder, env["device"], "; ".join(versions), rows)
+        found = [{"loss": "listwise", **json.loads(line)} for line in lines]
+        for row in found:
+            of_torch = sources.setdefault(row["sweep"], {}).setdefault(env["torch"], {})
+            of_torch[env["commit"]] = None
+        rows += found
+    return Machine(folder, env["device"], sources, rows)
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:
@@ -116,7 +126,7 @@ def _relative(machine: Machine, sweep: str) -> str:
             cells = [_cell(rows.get((n, BOTH)), "of_clone", "{:.2f}".format) for n in names]
             lines.append([_label(sweep, point), _time(clone["time_s"]), *cells])
     caption = "forward and backward, in units of the time of the clone"
-    return _table(machine, caption, [sweep, "clone", *names], lines)
+    return _table(machine, [sweep], caption, [sweep, "clone", *names], lines)
 
 
 def _small(machine: Machine) -> str:
@@ -130,7 +140,7 @@ def _small(machine: Machine) -> str:
                 cells = [_cell(rows.get((n, mode)), "wall_s", _time) for n in names]
                 lines.append([_label("small", point) + suffix, *cells])
     caption = "forward and backward by the clock on the wall, host included"
-    return _table(machine, caption, ["small batches", *names], lines)
+    return _table(machine, ["small"], caption, ["small batches", *names], lines)
 
 
 def _costs(machine: Machine) -> str:
@@ -152,7 +162,7 @@ def _costs(machine: Machine) -> str:
             )
     caption = f"one forward and backward of {point}"
     heads = ["", "launches", "synchronisations", "peak memory", "kept for backward"]
-    return _table(machine, caption, heads, lines)
+    return _table(machine, ["costs"], caption, heads, lines)
 
 
 def _train(machine: Machine) -> str:
@@ -172,7 +182,8 @@ def _train(machine: Machine) -> str:
         seen = setting
     caption = "whole training steps"
     heads = ["", "", "groups/s", "times padded-loop", "tokens computed / needed", "head and loss"]
-    return _table(machine, caption, [*heads, "memory beyond model and optimiser"], lines)
+    heads += ["memory beyond model and optimiser"]
+    return _table(machine, ["train"], caption, heads, lines)
 
 
 def _summary(machine: Machine) -> str:
@@ -196,12 +207,13 @@ def _summary(machine: Machine) -> str:
                 + [f"{times[best] / times[fused]:.1f}x"]
             )
     heads = ["", "clone", "fastrm", "best eager or compiled", "fastrm is faster by"]
-    return _table(machine, "forward and backward", heads, lines)
+    return _table(machine, ["small", "size", "ragged"], "forward and backward", heads, lines)
 
 
 def _table(
-    machine: Machine, caption: str, heads: Sequence[str], lines: Sequence[Sequence[str]]
-) -> str:
+    machine: Machine, sweeps: Sequence[str], caption: str, heads: Sequence[str],
+    lines: Sequence[Sequence[str]],
+) -> str:  # fmt: skip
     """Markdown whose columns line up in plain text too."""
     if not lines:
         return ""
@@ -213,7 +225,7 @@ def _table(
         return f"| {' | '.join(cells)} |"
 
     rule = ["-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)]
-    title = f"{machine.device} ({machine.versions}): {caption}"
+    title = f"{machine.device} ({machine.versions(*sweeps)}): {caption}"
     return "\n".join([f"{title}\n", *map(line_up, (heads, rule, *lines))])
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import problems as test_problems
 import pytest
 import torch
-from fastrm_benchmarks import check, measure, providers, run
+from fastrm_benchmarks import check, measure, providers, report, run
 from fastrm_benchmarks.problems import (
     DTYPES,
     LOSSES,
@@ -257,6 +257,18 @@ def test_bench_writes_json_lines_that_the_report_turns_into_tables(tmp_path, cap
     }  # fmt: skip
     printed = capsys.readouterr().out
     assert all(f"## {name}\n" in printed for name in (["summary"] if fused else []) + [*tiny])
+
+
+def test_a_table_names_the_commits_of_its_own_rows(tmp_path):
+    for commit, sweep in (("aaaa", "size"), ("bbbb", "hidden"), ("cccc", "hidden")):
+        head = {"environment": {"device": "d", "torch": "2", "commit": commit}}
+        point = Point(8, 64 if commit < "c" else 128)
+        row = {"sweep": sweep, **vars(point), "provider": "clone", "mode": "forward_backward"}
+        lines = (json.dumps(x) for x in (head, row | {"time_s": 1.0, "of_clone": 1.0}))
+        (tmp_path / f"{commit}.jsonl").write_text("\n".join(lines))
+    tables = report.make_tables([report.load(tmp_path)])
+    assert tables["size"].startswith("d (torch 2, commit aaaa): ")
+    assert tables["hidden"].startswith("d (torch 2, commits bbbb, cccc): ")
 
 
 def test_failures_are_the_exit_code(tmp_path, capsys, monkeypatch):
