@@ -44,7 +44,7 @@ const auto& listwise_fwd() {
 const auto& rank1_bwd() {
   static const auto op = operator_named<Gradients(
       const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const OptTensor&,
-      const OptTensor&, const OptTensor&, c10::SymIntArrayRef, at::ScalarType, bool, bool, bool,
+      const OptTensor&, const OptTensor&, c10::SymIntArrayRef, at::ScalarType, bool, bool,
       bool)>("fastrm_cpp::rank1_bwd");
   return op;
 }
@@ -70,7 +70,7 @@ OptTensor optional(const Tensor& t) {
 struct Facts : torch::CustomClassHolder {
   std::vector<c10::SymInt> shape; // of hidden
   at::ScalarType dtype; // likewise
-  int64_t bias_dim = -1; // -1: there is no bias
+  std::optional<std::vector<c10::SymInt>> bias_shape; // of none: there is no bias
   at::ScalarType bias_dtype = at::kFloat;
   bool shift_invariant = false;
 };
@@ -79,7 +79,7 @@ Facts& keep_facts(AutogradContext* ctx, const Tensor& hidden, const OptTensor& b
   auto facts = c10::make_intrusive<Facts>();
   facts->shape = hidden.sym_sizes().vec();
   facts->dtype = hidden.scalar_type();
-  if (bias) facts->bias_dim = bias->dim(), facts->bias_dtype = bias->scalar_type();
+  if (bias) facts->bias_shape = bias->sym_sizes().vec(), facts->bias_dtype = bias->scalar_type();
   ctx->saved_data["facts"] = c10::IValue::make_capsule(facts);
   return *facts;
 }
@@ -95,21 +95,39 @@ void refuse_second_order() {
       "the fused backends are differentiable once; create_graph=True needs backend='torch'");
 }
 
-// dhidden = coef·w, dweight = Σ coef·h, dbias = Σ coef, where they are asked for.
+// Which of dhidden = coef·w, dweight = Σ coef·h and dbias = Σ coef are asked for.
+struct Needs {
+  bool dhidden, dweight, dbias;
+  bool sum_coef; // dbias is exactly 0 where the loss does not see a shift of all scores
+
+  explicit Needs(AutogradContext* ctx)
+      : dhidden(ctx->needs_input_grad(0)), dweight(ctx->needs_input_grad(1)),
+        dbias(facts_of(ctx).bias_shape && ctx->needs_input_grad(2)),
+        sum_coef(dbias && !facts_of(ctx).shift_invariant) {}
+};
+
+variable_list answer(AutogradContext* ctx, const Needs& needs, const Gradients& grads) {
+  auto& [dh, dw, db] = grads;
+  Tensor dbias;
+  if (needs.dbias) {
+    const Facts& facts = facts_of(ctx);
+    dbias = needs.sum_coef
+        ? db.to(facts.bias_dtype).view_symint(*facts.bias_shape)
+        : at::zeros_symint(*facts.bias_shape, db.options().dtype(facts.bias_dtype));
+  }
+  return {needs.dhidden ? dh : Tensor(), needs.dweight ? dw : Tensor(), dbias, Tensor()};
+}
+
 variable_list gradients(
     AutogradContext* ctx, const Tensor& grad, const Tensor& coef, const OptTensor& offsets,
     const Tensor& weight, const OptTensor& rows, const OptTensor& hidden,
     const OptTensor& dweight) {
   refuse_second_order();
   const Facts& facts = facts_of(ctx);
-  bool needs[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                  facts.bias_dim >= 0 && ctx->needs_input_grad(2)};
-  auto [dh, dw, db] = rank1_bwd().call(
-      grad, coef, offsets, weight, rows, hidden, needs[1] ? dweight : OptTensor(), facts.shape,
-      facts.dtype, needs[0], needs[1], needs[2], facts.shift_invariant);
-  if (needs[2] && db.scalar_type() != facts.bias_dtype) db = db.to(facts.bias_dtype);
-  if (needs[2] && facts.bias_dim == 1) db = db.unsqueeze(0);
-  return {needs[0] ? dh : Tensor(), needs[1] ? dw : Tensor(), needs[2] ? db : Tensor(), Tensor()};
+  Needs needs(ctx);
+  return answer(ctx, needs, rank1_bwd().call(
+      grad, coef, offsets, weight, rows, hidden, needs.dweight ? dweight : OptTensor(),
+      facts.shape, facts.dtype, needs.dhidden, needs.dweight, needs.sum_coef));
 }
 
 // The same for E heads: coef is (M, E).
@@ -118,14 +136,10 @@ variable_list gradients_of_heads(
     const OptTensor& hidden) {
   refuse_second_order();
   const Facts& facts = facts_of(ctx);
-  bool needs[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                  facts.bias_dim >= 0 && ctx->needs_input_grad(2)};
-  auto [dh, dw, db] = heads_bwd().call(
-      coef, weight, rows, hidden, facts.shape, facts.dtype, needs[0], needs[1],
-      needs[2] && !facts.shift_invariant);
-  if (needs[2] && facts.shift_invariant) db = at::zeros_symint({weight.sym_size(0)}, db.options());
-  if (needs[2] && db.scalar_type() != facts.bias_dtype) db = db.to(facts.bias_dtype);
-  return {needs[0] ? dh : Tensor(), needs[1] ? dw : Tensor(), needs[2] ? db : Tensor(), Tensor()};
+  Needs needs(ctx);
+  return answer(ctx, needs, heads_bwd().call(
+      coef, weight, rows, hidden, facts.shape, facts.dtype, needs.dhidden, needs.dweight,
+      needs.sum_coef));
 }
 
 // A gradient () or, with offsets, (N,), times the coefficients (M,) or (M, E).
@@ -185,12 +199,14 @@ struct ListwiseLoss : torch::autograd::Function<ListwiseLoss> {
         {coef, weight, groups.rows.value_or(Tensor()), none ? groups.offsets : Tensor(),
          again ? Tensor() : dweight, again && needs_dweight ? hidden : Tensor()});
     ctx->mark_non_differentiable({scores});
+    ctx->set_materialize_grads(false); // else zeros are made for the scores
     Facts& facts = keep_facts(ctx, hidden, bias);
     facts.shift_invariant = groups.center_coef == 0;
     return {loss, scores};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(4); // of a loss that nothing depends on
     auto saved = ctx->get_saved_variables();
     OptTensor rows = optional(saved[2]), hidden = optional(saved[5]);
     if (saved[0].dim() == 2)

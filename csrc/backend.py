@@ -52,7 +52,7 @@ def _register_fakes() -> None:
     @torch.library.register_fake("fastrm_cpp::rank1_bwd")
     def _(
         grad, coef, offsets, weight, rows, hidden, dweight_unit, hidden_shape, hidden_dtype,
-        needs_dhidden, needs_dweight, needs_dbias, shift_invariant,
+        needs_dhidden, needs_dweight, needs_dbias,
     ):  # fmt: skip
         return (
             weight.new_empty(hidden_shape if needs_dhidden else (0,), dtype=hidden_dtype),

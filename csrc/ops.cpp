@@ -614,7 +614,7 @@ Tensor narrowed(const A* values, A mul, const Tensor& like) {
 struct Rank1Args {
   const OptTensor &offsets, &rows, &hidden, &dweight_unit;
   at::IntArrayRef hidden_shape;
-  bool needs_dhidden, needs_dweight, needs_dbias, shift_invariant;
+  bool needs_dhidden, needs_dweight, needs_dbias;
 };
 
 template <class T>
@@ -680,8 +680,7 @@ std::tuple<Tensor, Tensor, Tensor> rank1_typed(
   }
   if (args.needs_dbias) {
     double sum = 0;
-    if (!args.shift_invariant)
-      for (int64_t i = 0; i < M; ++i) sum += double(scale.data[i]) * double(mul);
+    for (int64_t i = 0; i < M; ++i) sum += double(scale.data[i]) * double(mul);
     dbias = scalar_tensor(A(sum));
   }
   return {dhidden, dweight, dbias};
@@ -691,11 +690,11 @@ std::tuple<Tensor, Tensor, Tensor> rank1_bwd(
     const Tensor& grad, const Tensor& coef, const OptTensor& offsets, const Tensor& weight,
     const OptTensor& rows, const OptTensor& hidden, const OptTensor& dweight_unit,
     at::IntArrayRef hidden_shape, ScalarType hidden_dtype, bool needs_dhidden,
-    bool needs_dweight, bool needs_dbias, bool shift_invariant) {
+    bool needs_dweight, bool needs_dbias) {
   check_hidden_shape(hidden_shape);
   Rank1Args args{
       offsets, rows, hidden, dweight_unit, hidden_shape, needs_dhidden, needs_dweight,
-      needs_dbias, shift_invariant};
+      needs_dbias};
   return with_type(hidden_dtype, "hidden", [&](auto tag) {
     return rank1_typed<decltype(tag)>(grad, coef, weight, hidden_dtype, args);
   });
@@ -954,7 +953,7 @@ TORCH_LIBRARY(fastrm_cpp, m) {
   m.def(
       "rank1_bwd(Tensor grad, Tensor coef, Tensor? offsets, Tensor weight, Tensor? rows, "
       "Tensor? hidden, Tensor? dweight_unit, SymInt[] hidden_shape, ScalarType hidden_dtype, "
-      "bool needs_dhidden, bool needs_dweight, bool needs_dbias, bool shift_invariant) "
+      "bool needs_dhidden, bool needs_dweight, bool needs_dbias) "
       "-> (Tensor dhidden, Tensor dweight, Tensor dbias)");
   m.def(
       "heads_bwd(Tensor dscores, Tensor weight, Tensor? rows, Tensor? hidden, "

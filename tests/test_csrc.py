@@ -113,8 +113,9 @@ class Listwise(torch.autograd.Function):
         needs = ctx.needs_input_grad
         out = ops.rank1_bwd(
             grad, coef, offsets, weight, rows, hidden, None if ctx.none else unit, ctx.shape,
-            ctx.dtype, needs[0], needs[1], needs[2], ctx.shift_invariant,
+            ctx.dtype, *needs[:2], needs[2] and not ctx.shift_invariant,
         )  # fmt: skip
+        out = (*out[:2], torch.zeros_like(out[2].sum()) if ctx.shift_invariant else out[2])
         out = [g if need else None for g, need in zip(out, needs[:3], strict=True)]
         return *out, None, None, None
 
@@ -378,7 +379,7 @@ def test_only_what_is_asked_for():
     assert coef.shape == dweight.shape == (0,)
     for needs in itertools.product([True, False], repeat=3):
         out = ops.rank1_bwd(torch.tensor(1.0), torch.ones(7), None, weight, None, hidden, None,
-                            [7, 16], torch.float32, *needs, False)  # fmt: skip
+                            [7, 16], torch.float32, *needs)  # fmt: skip
         shapes = [(7, 16), (16,), ()]
         for g, need, shape in zip(out, needs, shapes, strict=True):
             assert g.shape == (shape if need else (0,))
@@ -401,7 +402,7 @@ def test_score(dtype, gathered):
     grad = torch.randn(len(scores), dtype=acc(dtype))
     dhidden, dweight, dbias = ops.rank1_bwd(
         torch.ones(()), grad, None, weight, rows, hidden, None, hidden.shape, dtype,
-        True, True, True, False,
+        True, True, True,
     )  # fmt: skip
     outer = grad.double()[:, None] * weight.double()
     want = torch.zeros(150, 100, dtype=torch.float64)
@@ -911,7 +912,7 @@ def test_conversions_are_torchs(isa, dtype):
         values = bits.to(torch.int32).view(torch.float32)
         values = values[values.isfinite() & ((values == 0) | (values.abs() >= 1e-37))]
         out = ops.rank1_bwd(torch.ones(()), torch.ones(1), None, values, None, None, None,
-                            [1, len(values)], dtype, True, False, False, True)[0][0]  # fmt: skip
+                            [1, len(values)], dtype, True, False, False)[0][0]  # fmt: skip
         assert torch.equal(out, values.to(dtype))
 
 
@@ -925,7 +926,7 @@ def test_big_output(huge, D):
     T = (70 << 20) // (D * 2)
     weight, coef = torch.randn(D), torch.randn(T)
     out = ops.rank1_bwd(torch.tensor(2.0), coef, None, weight, None, None, None, [T, D],
-                        torch.bfloat16, True, False, False, True)[0]  # fmt: skip
+                        torch.bfloat16, True, False, False)[0]  # fmt: skip
     assert torch.equal(out, ((2 * coef)[:, None] * weight).bfloat16())
     assert out.is_contiguous() and out.storage_offset() == 0
     out.resize_(T + 1, D)  # the storage grows like any other
@@ -938,7 +939,7 @@ def test_pooled_output():
 
     def once(mul):
         return ops.rank1_bwd(torch.tensor(mul), coef, None, weight, None, None, None, [512, 1024],
-                             torch.float32, True, False, False, True)[0]  # fmt: skip
+                             torch.float32, True, False, False)[0]  # fmt: skip
 
     first, second = once(1.0), once(2.0)
     assert first.data_ptr() != second.data_ptr()
@@ -954,7 +955,7 @@ def test_every_row_is_written_and_no_other():
     rows = torch.tensor([19, 0, 7])
     out = ops.rank1_bwd(torch.tensor(1.0), torch.tensor([1.0, 2.0, 0.0]), None,
                         torch.full((24,), 3.0), rows, None, None, hidden.shape, torch.float32,
-                        True, False, False, True)[0].view(20, 24)  # fmt: skip
+                        True, False, False)[0].view(20, 24)  # fmt: skip
     want = torch.zeros(20, 24)
     want[19], want[0] = 3.0, 6.0
     assert torch.equal(out, want)
@@ -1019,7 +1020,7 @@ def test_bad_input(change, kind, message):
 def test_backward_checks_rows():
     with pytest.raises(ValueError, match=r"rows\[0\] = 9"):
         ops.rank1_bwd(torch.tensor(1.0), torch.ones(1), None, torch.ones(4), torch.tensor([9]),
-                      None, None, [5, 4], torch.float32, True, False, False, True)  # fmt: skip
+                      None, None, [5, 4], torch.float32, True, False, False)  # fmt: skip
 
 
 def test_expanded_gradient():
@@ -1064,7 +1065,7 @@ def test_tensors_without_memory_are_refused():
         empty.untyped_storage().resize_(size)
     with pytest.raises(ValueError, match="D > 0"):
         ops.rank1_bwd(torch.ones(()), torch.ones(3), None, torch.ones(0), None, None, None,
-                      [3, 0], torch.float32, True, False, False, True)  # fmt: skip
+                      [3, 0], torch.float32, True, False, False)  # fmt: skip
 
 
 def test_frozen_head_keeps_no_hidden():
@@ -1103,7 +1104,7 @@ def test_opcheck(op):
         "listwise_loss": (*head, *groups, *options),
         "listwise_fwd": (*head, *groups, *options, True, True),
         "rank1_bwd": (torch.rand(3), torch.rand(8), offsets, weight, rows, hidden, None,
-                      [8, 6], torch.float32, True, True, True, False),
+                      [8, 6], torch.float32, True, True, True),
         "score_heads": (*heads, rows), "score_fwd_heads": (*heads, rows),
         "listwise_loss_heads": (*heads, *groups, *options),
         "listwise_fwd_heads": (*heads, *groups, *options, True, True),

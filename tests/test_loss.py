@@ -242,6 +242,31 @@ def test_only_the_gradients_asked_for(backend: str) -> None:
     assert not loss.requires_grad
 
 
+class _Dropped(torch.autograd.Function):
+    """Passes its input on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_gradient_that_never_arrives_adds_nothing(backend: str, heads: int) -> None:
+    p = on(make([2, 3], 8), backend)
+    weight = p.weight.expand(heads, -1).clone().requires_grad_()
+    hidden = p.hidden.requires_grad_()
+    loss = fastrm.listwise_loss(
+        hidden, weight, offsets=p.offsets, target=p.target, backend=backend
+    )
+    _Dropped.apply(loss).backward()
+    assert all(x.grad is None or not x.grad.any() for x in (hidden, weight))
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
