@@ -16,6 +16,7 @@ from fastrm_benchmarks.providers import COMPILE, NAMES, SMALLEST
 
 Row = dict[str, Any]
 BOTH = "forward_backward"
+FUSED = ("fastrm-triton", "fastrm-cpp")
 FIELDS = ("candidates", "hidden_size", "dtype", "groups", "layout", "loss")
 COLORS = {
     "fastrm-triton": "#2a6fbb", "fastrm-cpp": "#2a6fbb", "eager-segment": "#d1495b",
@@ -101,7 +102,7 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 def make_tables(machines: Sequence[Machine]) -> dict[str, str]:
     """By sweep, of every device; by FOLDER/SWEEP, of one."""
     makers: dict[str, Callable[[Machine], str]] = {
-        "summary": _summary, "costs": _costs, "small": _small, "train": _train
+        "summary": _summary, "costs": _costs, "small": _small, "floor": _floor, "train": _train
     }  # fmt: skip
     for sweep in ("size", "ragged", "hidden", "layout", "losses", "quick", "custom"):
         makers[sweep] = partial(_relative, sweep=sweep)
@@ -141,6 +142,26 @@ def _small(machine: Machine) -> str:
                 lines.append([_label("small", point) + suffix, *cells])
     caption = "forward and backward by the clock on the wall, host included"
     return _table(machine, ["small"], caption, ["small batches", *names], lines)
+
+
+def _floor(machine: Machine) -> str:
+    """Small batches beside what autograd costs with nothing to compute, and the traffic."""
+    lines = []
+    for point, rows in machine.sweep("small").items():
+        times = {n: r["wall_s"] for (n, mode), r in rows.items() if mode == BOTH and "wall_s" in r}
+        fused = next((times[n] for n in FUSED if n in times), None)
+        if fused is None or not {"clone", SMALLEST} <= times.keys():
+            continue
+        floor = times["clone"] + times[SMALLEST]
+        cells = [_label("small", point), _time(floor), _time(fused)]
+        for suffix in ("", COMPILE):
+            others = [times[n + suffix] for n in ("eager-segment", "eager-padded")
+                      if n + suffix in times]  # fmt: skip
+            best = min(others, default=float("nan"))
+            cells += [f"{best / fused:.1f}x", f"{best / floor:.1f}x"]
+        lines.append(cells)
+    heads = ["", "floor", "fastrm", "faster than eager", "the floor is", "than compiled"]
+    return _table(machine, ["small"], "by the wall clock", [*heads, "the floor is"], lines)
 
 
 def _costs(machine: Machine) -> str:
@@ -198,7 +219,7 @@ def _summary(machine: Machine) -> str:
     lines = []
     for label, rows, key in chosen:
         times = {n: row[key] for (n, mode), row in rows.items() if mode == BOTH and key in row}
-        fused = next((n for n in ("fastrm-triton", "fastrm-cpp") if n in times), None)
+        fused = next((n for n in FUSED if n in times), None)
         others = {n: t for n, t in times.items() if n.startswith("eager-")}
         if fused and others and "clone" in times:
             best = min(others, key=others.__getitem__)
