@@ -270,6 +270,11 @@ class RewardTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
 
+        attention = model.config.get_text_config()._attn_implementation
+        on_cpu = args.device.type == "cpu"
+        if train_dataset is not None and attention == "flex_attention" and on_cpu:
+            raise ValueError("attn_implementation flex_attention trains on a GPU only: PyTorch has "
+                             "no backward pass of it for CPUs")  # fmt: skip
         if args.layout != "auto" and data_collator is not None:
             raise ValueError(f"layout must be auto with a data_collator, got {args.layout!r}")
         if args.ddp_broadcast_buffers is None:

@@ -407,6 +407,10 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(tmp_path, caplog):
     with pytest.raises(ValueError, match="metric_for_best_model must be one of loss, accuracy"):
         RewardTrainer(make_decoder(), config(tmp_path, metric_for_best_model="eval_acc"), rows,
                       rows, make_tokenizer())  # fmt: skip
+    flexible = make_decoder(attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match="flex_attention trains on a GPU only"):
+        RewardTrainer(flexible, config(tmp_path, use_cpu=True), rows, None, make_tokenizer())
+    RewardTrainer(flexible, config(tmp_path, use_cpu=True), None, rows, make_tokenizer())
     for loss, warns in (("plackett_luce", True), ("bradley_terry", False)):
         caplog.clear()
         args = config(tmp_path, loss=loss)
