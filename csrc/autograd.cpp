@@ -41,11 +41,11 @@ const auto& listwise_fwd() {
   return op;
 }
 
-const auto& rank1_bwd() {
+const auto& head_bwd() {
   static const auto op = operator_named<Gradients(
       const Tensor&, const Tensor&, const OptTensor&, const Tensor&, const OptTensor&,
       const OptTensor&, const OptTensor&, c10::SymIntArrayRef, at::ScalarType, bool, bool,
-      bool)>("fastrm_cpp::rank1_bwd");
+      bool)>("fastrm_cpp::head_bwd");
   return op;
 }
 
@@ -66,26 +66,40 @@ OptTensor optional(const Tensor& t) {
   return t.defined() ? OptTensor(t) : OptTensor();
 }
 
-// What backward needs beside tensors. One entry of saved_data: each is a string and a hash.
-struct Facts : torch::CustomClassHolder {
+// What backward needs beside tensors. Kept as one entry of saved_data, each of which is a string and a
+// hash; of plain values, because compiled autograd hashes them.
+struct Facts {
   std::vector<c10::SymInt> shape; // of hidden
   at::ScalarType dtype; // likewise
-  std::optional<std::vector<c10::SymInt>> bias_shape; // of none: there is no bias
-  at::ScalarType bias_dtype = at::kFloat;
-  bool shift_invariant = false;
+  bool has_bias;
+  std::vector<c10::SymInt> bias_shape;
+  at::ScalarType bias_dtype;
+  bool shift_invariant;
 };
 
-Facts& keep_facts(AutogradContext* ctx, const Tensor& hidden, const OptTensor& bias) {
-  auto facts = c10::make_intrusive<Facts>();
-  facts->shape = hidden.sym_sizes().vec();
-  facts->dtype = hidden.scalar_type();
-  if (bias) facts->bias_shape = bias->sym_sizes().vec(), facts->bias_dtype = bias->scalar_type();
-  ctx->saved_data["facts"] = c10::IValue::make_capsule(facts);
-  return *facts;
+c10::IValue sizes(const Tensor& t) {
+  c10::SymIntArrayRef found = t.sym_sizes();
+  return c10::ivalue::Tuple::create(std::vector<c10::IValue>(found.begin(), found.end()));
 }
 
-const Facts& facts_of(AutogradContext* ctx) {
-  return static_cast<const Facts&>(*ctx->saved_data["facts"].toCapsule());
+std::vector<c10::SymInt> sizes(const c10::IValue& tuple) {
+  std::vector<c10::SymInt> found;
+  for (const c10::IValue& n : tuple.toTupleRef().elements()) found.push_back(n.toSymInt());
+  return found;
+}
+
+void keep_facts(
+    AutogradContext* ctx, const Tensor& hidden, const OptTensor& bias, bool shift_invariant) {
+  const Tensor& b = bias ? *bias : hidden;
+  ctx->saved_data["facts"] = c10::ivalue::Tuple::create(std::vector<c10::IValue>{
+      sizes(hidden), int64_t(hidden.scalar_type()), bias.has_value(), sizes(b),
+      int64_t(b.scalar_type()), shift_invariant});
+}
+
+Facts facts_of(AutogradContext* ctx) {
+  const auto& kept = ctx->saved_data["facts"].toTupleRef().elements();
+  return {sizes(kept[0]), at::ScalarType(kept[1].toInt()), kept[2].toBool(), sizes(kept[3]),
+          at::ScalarType(kept[4].toInt()), kept[5].toBool()};
 }
 
 // The gradients have no graph of their own: with create_graph they would look constant.
@@ -100,21 +114,19 @@ struct Needs {
   bool dhidden, dweight, dbias;
   bool sum_coef; // dbias is exactly 0 where the loss does not see a shift of all scores
 
-  explicit Needs(AutogradContext* ctx)
+  Needs(AutogradContext* ctx, const Facts& facts)
       : dhidden(ctx->needs_input_grad(0)), dweight(ctx->needs_input_grad(1)),
-        dbias(facts_of(ctx).bias_shape && ctx->needs_input_grad(2)),
-        sum_coef(dbias && !facts_of(ctx).shift_invariant) {}
+        dbias(facts.has_bias && ctx->needs_input_grad(2)),
+        sum_coef(dbias && !facts.shift_invariant) {}
 };
 
-variable_list answer(AutogradContext* ctx, const Needs& needs, const Gradients& grads) {
+variable_list answer(const Facts& facts, const Needs& needs, const Gradients& grads) {
   auto& [dh, dw, db] = grads;
   Tensor dbias;
-  if (needs.dbias) {
-    const Facts& facts = facts_of(ctx);
-    dbias = needs.sum_coef
-        ? db.to(facts.bias_dtype).view_symint(*facts.bias_shape)
-        : at::zeros_symint(*facts.bias_shape, db.options().dtype(facts.bias_dtype));
-  }
+  if (needs.sum_coef)
+    dbias = db.to(facts.bias_dtype).view_symint(facts.bias_shape);
+  else if (needs.dbias)
+    dbias = at::zeros_symint(facts.bias_shape, db.options().dtype(facts.bias_dtype));
   return {needs.dhidden ? dh : Tensor(), needs.dweight ? dw : Tensor(), dbias, Tensor()};
 }
 
@@ -123,9 +135,9 @@ variable_list gradients(
     const Tensor& weight, const OptTensor& rows, const OptTensor& hidden,
     const OptTensor& dweight) {
   refuse_second_order();
-  const Facts& facts = facts_of(ctx);
-  Needs needs(ctx);
-  return answer(ctx, needs, rank1_bwd().call(
+  Facts facts = facts_of(ctx);
+  Needs needs(ctx, facts);
+  return answer(facts, needs, head_bwd().call(
       grad, coef, offsets, weight, rows, hidden, needs.dweight ? dweight : OptTensor(),
       facts.shape, facts.dtype, needs.dhidden, needs.dweight, needs.sum_coef));
 }
@@ -135,9 +147,9 @@ variable_list gradients_of_heads(
     AutogradContext* ctx, const Tensor& coef, const Tensor& weight, const OptTensor& rows,
     const OptTensor& hidden) {
   refuse_second_order();
-  const Facts& facts = facts_of(ctx);
-  Needs needs(ctx);
-  return answer(ctx, needs, heads_bwd().call(
+  Facts facts = facts_of(ctx);
+  Needs needs(ctx, facts);
+  return answer(facts, needs, heads_bwd().call(
       coef, weight, rows, hidden, facts.shape, facts.dtype, needs.dhidden, needs.dweight,
       needs.sum_coef));
 }
@@ -156,7 +168,7 @@ struct Score : torch::autograd::Function<Score> {
       const OptTensor* rows) {
     ctx->save_for_backward(
         {weight.requires_grad() ? hidden : Tensor(), weight, rows->value_or(Tensor())});
-    keep_facts(ctx, hidden, bias);
+    keep_facts(ctx, hidden, bias, false);
     return score_fwd().call(hidden, weight, bias, *rows);
   }
 
@@ -175,6 +187,7 @@ struct Groups {
   const OptTensor &rows, &margin, &group_weight, &num_items;
   double temperature, label_smoothing, center_coef;
   std::string_view reduction;
+  Tensor* scores; // where a differentiable loss leaves them
 
   Forward run(
       const Tensor& hidden, const Tensor& weight, const OptTensor& bias, bool needs_coef,
@@ -185,8 +198,10 @@ struct Groups {
   }
 };
 
+// The scores, which have no gradient, are handed out beside the node: compiled autograd takes none
+// with an output marked as not differentiable.
 struct ListwiseLoss : torch::autograd::Function<ListwiseLoss> {
-  static variable_list forward(
+  static Tensor forward(
       AutogradContext* ctx, const Tensor& hidden, const Tensor& weight, const OptTensor& bias,
       const Groups& groups) {
     bool none = groups.reduction == "none";
@@ -198,15 +213,12 @@ struct ListwiseLoss : torch::autograd::Function<ListwiseLoss> {
     ctx->save_for_backward(
         {coef, weight, groups.rows.value_or(Tensor()), none ? groups.offsets : Tensor(),
          again ? Tensor() : dweight, again && needs_dweight ? hidden : Tensor()});
-    ctx->mark_non_differentiable({scores});
-    ctx->set_materialize_grads(false); // else zeros are made for the scores
-    Facts& facts = keep_facts(ctx, hidden, bias);
-    facts.shift_invariant = groups.center_coef == 0;
-    return {loss, scores};
+    keep_facts(ctx, hidden, bias, groups.center_coef == 0);
+    *groups.scores = scores;
+    return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    if (!grads[0].defined()) return variable_list(4); // of a loss that nothing depends on
     auto saved = ctx->get_saved_variables();
     OptTensor rows = optional(saved[2]), hidden = optional(saved[5]);
     if (saved[0].dim() == 2)
@@ -245,13 +257,13 @@ struct RankingLoss : torch::autograd::Function<RankingLoss> {
   }
 };
 
+// In forward mode too, which no_grad does not end: the node refuses it.
 bool differentiable(const Tensor& t) {
-  return t.requires_grad() || t._fw_grad(0).defined(); // the node refuses forward mode
+  return (at::GradMode::is_enabled() && t.requires_grad()) || t._fw_grad(0).defined();
 }
 
 bool wants_grad(const Tensor& hidden, const Tensor& weight, const OptTensor& bias) {
-  return at::GradMode::is_enabled() &&
-      (differentiable(hidden) || differentiable(weight) || (bias && differentiable(*bias)));
+  return differentiable(hidden) || differentiable(weight) || (bias && differentiable(*bias));
 }
 
 Tensor score(
@@ -265,18 +277,19 @@ std::tuple<Tensor, Tensor> listwise_loss(
     const Tensor& target, const OptTensor& rows, const OptTensor& margin,
     const OptTensor& group_weight, const OptTensor& num_items, double temperature,
     double label_smoothing, double center_coef, std::string_view reduction) {
+  Tensor scores;
   Groups groups{offsets, target, rows, margin, group_weight, num_items,
-                temperature, label_smoothing, center_coef, reduction};
+                temperature, label_smoothing, center_coef, reduction, &scores};
   if (wants_grad(hidden, weight, bias)) {
-    auto out = ListwiseLoss::apply(hidden, weight, bias, groups);
-    return {out[0], out[1]};
+    Tensor loss = ListwiseLoss::apply(hidden, weight, bias, groups);
+    return {loss, scores};
   }
-  auto [loss, scores, coef, dweight] = groups.run(hidden, weight, bias, false, false);
-  return {loss, scores};
+  auto [loss, found, coef, dweight] = groups.run(hidden, weight, bias, false, false);
+  return {loss, found};
 }
 
 Tensor ranking_loss(const Tensor& scores, const Ranks& ranks) {
-  return at::GradMode::is_enabled() && differentiable(scores)
+  return differentiable(scores)
       ? RankingLoss::apply(scores, ranks)
       : std::get<0>(ranks.run(scores, false));
 }

@@ -49,7 +49,7 @@ def _register_fakes() -> None:
             hidden.new_empty(hidden.shape[-1] if one_pass else 0, dtype=dtype),
         )
 
-    @torch.library.register_fake("fastrm_cpp::rank1_bwd")
+    @torch.library.register_fake("fastrm_cpp::head_bwd")
     def _(
         grad, coef, offsets, weight, rows, hidden, dweight_unit, hidden_shape, hidden_dtype,
         needs_dhidden, needs_dweight, needs_dbias,

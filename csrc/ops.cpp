@@ -549,7 +549,7 @@ Forward listwise_fwd(
   });
 }
 
-// ---- rank1_bwd ---------------------------------------------------------------------------------
+// ---- head_bwd ---------------------------------------------------------------------------------
 
 void check_hidden_shape(at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(
@@ -611,16 +611,16 @@ Tensor narrowed(const A* values, A mul, const Tensor& like) {
   return direct ? out : out.to(dtype);
 }
 
-struct Rank1Args {
+struct HeadArgs {
   const OptTensor &offsets, &rows, &hidden, &dweight_unit;
   at::IntArrayRef hidden_shape;
   bool needs_dhidden, needs_dweight, needs_dbias;
 };
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> rank1_typed(
+std::tuple<Tensor, Tensor, Tensor> head_typed(
     const Tensor& grad, const Tensor& coef, const Tensor& weight, ScalarType hidden_dtype,
-    const Rank1Args& args) {
+    const HeadArgs& args) {
   using A = Acc<T>;
   int64_t D = args.hidden_shape.back(), M = coef.numel(), count = 1;
   for (size_t k = 0; k + 1 < args.hidden_shape.size(); ++k) count *= args.hidden_shape[k];
@@ -686,17 +686,17 @@ std::tuple<Tensor, Tensor, Tensor> rank1_typed(
   return {dhidden, dweight, dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rank1_bwd(
+std::tuple<Tensor, Tensor, Tensor> head_bwd(
     const Tensor& grad, const Tensor& coef, const OptTensor& offsets, const Tensor& weight,
     const OptTensor& rows, const OptTensor& hidden, const OptTensor& dweight_unit,
     at::IntArrayRef hidden_shape, ScalarType hidden_dtype, bool needs_dhidden,
     bool needs_dweight, bool needs_dbias) {
   check_hidden_shape(hidden_shape);
-  Rank1Args args{
+  HeadArgs args{
       offsets, rows, hidden, dweight_unit, hidden_shape, needs_dhidden, needs_dweight,
       needs_dbias};
   return with_type(hidden_dtype, "hidden", [&](auto tag) {
-    return rank1_typed<decltype(tag)>(grad, coef, weight, hidden_dtype, args);
+    return head_typed<decltype(tag)>(grad, coef, weight, hidden_dtype, args);
   });
 }
 
@@ -942,6 +942,7 @@ void set_huge_pages(bool on) {
 } // namespace
 } // namespace fastrm
 
+// Compiled graphs that torch keeps on disk call these by name: a schema that changes wants another.
 TORCH_LIBRARY(fastrm_cpp, m) {
   m.def("score_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor? rows) -> Tensor");
   m.def(
@@ -951,7 +952,7 @@ TORCH_LIBRARY(fastrm_cpp, m) {
       "bool needs_coef, bool needs_dweight) "
       "-> (Tensor loss, Tensor scores, Tensor coef, Tensor dweight)");
   m.def(
-      "rank1_bwd(Tensor grad, Tensor coef, Tensor? offsets, Tensor weight, Tensor? rows, "
+      "head_bwd(Tensor grad, Tensor coef, Tensor? offsets, Tensor weight, Tensor? rows, "
       "Tensor? hidden, Tensor? dweight_unit, SymInt[] hidden_shape, ScalarType hidden_dtype, "
       "bool needs_dhidden, bool needs_dweight, bool needs_dbias) "
       "-> (Tensor dhidden, Tensor dweight, Tensor dbias)");
@@ -973,7 +974,7 @@ TORCH_LIBRARY(fastrm_cpp, m) {
 TORCH_LIBRARY_IMPL(fastrm_cpp, CPU, m) {
   m.impl("score_fwd", &fastrm::score);
   m.impl("listwise_fwd", &fastrm::listwise_fwd);
-  m.impl("rank1_bwd", &fastrm::rank1_bwd);
+  m.impl("head_bwd", &fastrm::head_bwd);
   m.impl("heads_bwd", &fastrm::heads_bwd);
   m.impl("plackett_luce_fwd", &fastrm::plackett_luce_fwd);
   m.impl("bradley_terry_fwd", &fastrm::bradley_terry_fwd);
@@ -982,7 +983,7 @@ TORCH_LIBRARY_IMPL(fastrm_cpp, CPU, m) {
 // The caller's autograd.Function differentiates; these ops never record anything themselves.
 TORCH_LIBRARY_IMPL(fastrm_cpp, Autograd, m) {
   for (const char* op :
-       {"score_fwd", "listwise_fwd", "rank1_bwd", "heads_bwd", "plackett_luce_fwd",
+       {"score_fwd", "listwise_fwd", "head_bwd", "heads_bwd", "plackett_luce_fwd",
         "bradley_terry_fwd"})
     m.impl(op, torch::CppFunction::makeFallthrough());
 }

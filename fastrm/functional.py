@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -111,7 +112,9 @@ def listwise_loss(
         )  # fmt: skip
         label_smoothing = 0.0
     # On the CPU every function called here counts: a small batch costs as much as ten of them.
-    if backend in backends.CPU_IS_CPP and isinstance(hidden, Tensor) and hidden.is_cpu:
+    # Not what a compiler sees: what is loaded changes while it looks.
+    known = not torch.compiler.is_compiling() and backend in backends.CPU_IS_CPP
+    if known and isinstance(hidden, Tensor) and hidden.is_cpu:
         name = "cpp"
     else:
         name = backends.choose(_device_type(hidden), backend)
@@ -121,7 +124,7 @@ def listwise_loss(
         try:
             if num_items is not None:
                 num_items = checks.divisor(num_items, reduction, hidden.device)
-            if temperature != 1.0 or label_smoothing or center_coef:
+            if not _plain(temperature, label_smoothing, center_coef):
                 checks.options(temperature, center_coef, reduction, label_smoothing)
             loss, scores = backends.FUSED["cpp"].listwise_loss(
                 hidden, weight, bias, offsets, target, rows, margin, group_weight, num_items,
@@ -149,7 +152,7 @@ def listwise_loss(
         _check_listwise_values(hidden, *groups, num_items)
     if name == "torch":
         shift = bias if bias is None or center_coef else _shift(bias)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _no_autocast(hidden.device.type):
             scores = score_ref(hidden, weight, shift, rows)
             loss = listwise_loss_ref(
                 scores, offsets, target.detach(), _constant(margin), _constant(group_weight),
@@ -427,7 +430,7 @@ def score(
     if backends.check_values(hidden.device.type, name):
         checks.rows_values(rows, T)
     if name == "torch":
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _no_autocast(hidden.device.type):
             return score_ref(hidden, weight, bias, rows)
     return ops.score(hidden, weight, bias, rows)
 
@@ -443,6 +446,13 @@ def _two_passes(
     scores = score(hidden, weight, bias, rows=rows, backend=backend)
     loss = loss_from_scores(scores, backend=backend, **options)
     return (loss, scores.detach()) if return_scores else loss
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Some devices have none to switch off."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _shift(bias: Tensor) -> Tensor:
@@ -485,6 +495,12 @@ def _mean_over_heads(
     return loss / E if divisor is None else loss / (E * divisor.detach().to(loss.dtype))
 
 
+def _plain(temperature: float, label_smoothing: float, center_coef: float) -> bool:
+    """Whether the options are as they are if not given. The operators would take tensors too."""
+    floats = type(temperature) is type(label_smoothing) is type(center_coef) is float
+    return floats and temperature == 1.0 and label_smoothing == center_coef == 0.0
+
+
 def _ranking_loss(
     name: str, reference: Callable[..., Tensor], scores: Tensor, offsets: Tensor, ranks: Any,
     extra: tuple[str, Tensor | None], group_weight: Tensor | None, temperature: float,
@@ -496,7 +512,7 @@ def _ranking_loss(
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if which == "cpp":
         # The operator checks everything itself; what it refuses is then said in the usual words.
-        if temperature != 1.0 or center_coef:  # it would take a tensor too
+        if not _plain(temperature, 0.0, center_coef):
             checks.options(temperature, center_coef, reduction)
         try:
             return getattr(backends.FUSED["cpp"], name)(
@@ -516,7 +532,7 @@ def _ranking_loss(
     )  # fmt: skip
     groups = (offsets, ranks, _constant(extra[1]), _constant(group_weight), _constant(num_items))
     options = (float(temperature), float(center_coef), reduction)
-    with torch.autocast(device.type, enabled=False):
+    with _no_autocast(device.type):
         if which == "torch":
             return reference(wide, *groups, *options)
         return ops.ranking_loss(name, wide, *groups, *options)
@@ -551,6 +567,7 @@ def _labelled_pairs(
     num_items_in_batch: int | Tensor | None, backend: str | None,
 ) -> Tensor:  # fmt: skip
     """Each pair is a group of two, which weighs as much as its group's mean gives it."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
     device, M, P = scores.device, scores.shape[0], pairs.shape[0]
     N = checks.offsets(offsets, device)
     checks.vector("margin", margin, P, "pair", device)
@@ -570,25 +587,27 @@ def _labelled_pairs(
     wrong = wrong | (offsets[0] != 0) | (offsets[-1] != M) | (offsets.long().diff() < 1).any()
     group = groups[:, 0].clamp(max=max(N - 1, 0))
     count = group.new_zeros(N).index_add(0, group, torch.ones_like(group))
-    each = 1 / count.to(torch.promote_types(scores.dtype, torch.float32))
+    each = 1 / count.to(wide)
     if group_weight is not None:
         each = each * group_weight.detach()
     chosen = pairs.clamp(0, max(M - 1, 0)).flatten()
-    # The backward of x[i] is in a fixed order on CUDA, that of index_select on the CPU.
-    both = scores.index_select(0, chosen) if device.type == "cpu" else scores[chosen]
-    losses = listwise_loss_from_scores(
-        both, offsets=2 * torch.arange(P + 1, device=device), backend=backend,
+    # A candidate of many pairs has a gradient of many terms: added up in float64. The backward of
+    # x[i] is in a fixed order on CUDA, that of index_select on the CPU.
+    exact = scores.double()
+    both = exact.index_select(0, chosen) if device.type == "cpu" else exact[chosen]
+    loss = listwise_loss_from_scores(
+        both.to(wide), offsets=2 * torch.arange(P + 1, device=device), backend=backend,
         target=torch.zeros(P, dtype=torch.int64, device=device), temperature=temperature,
         margin=None if margin is None else torch.stack([margin, margin], 1).flatten(),
-        center_coef=center_coef, reduction="none",
+        center_coef=center_coef, reduction="none" if reduction == "none" else "sum",
         group_weight=each.index_select(0, group).masked_fill(wrong, torch.nan),
     )  # fmt: skip
     if reduction == "none":
         # As above: index_add is in a fixed order on the CPU, index_put on CUDA.
+        zeros, terms = exact.new_zeros(N), loss.double()
         if device.type == "cpu":
-            return losses.new_zeros(N).index_add(0, group, losses)
-        return losses.new_zeros(N).index_put((group,), losses, accumulate=True)
-    loss = losses.sum()
+            return zeros.index_add(0, group, terms).to(wide)
+        return zeros.index_put((group,), terms, accumulate=True).to(wide)
     return loss if reduction == "sum" else loss / (max(N, 1) if num_items is None else num_items)
 
 

@@ -111,7 +111,7 @@ class Listwise(torch.autograd.Function):
     def backward(ctx, grad, _):
         coef, unit, weight, rows, hidden, offsets = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        out = ops.rank1_bwd(
+        out = ops.head_bwd(
             grad, coef, offsets, weight, rows, hidden, None if ctx.none else unit, ctx.shape,
             ctx.dtype, *needs[:2], needs[2] and not ctx.shift_invariant,
         )  # fmt: skip
@@ -378,7 +378,7 @@ def test_only_what_is_asked_for():
     _, _, coef, dweight = ops.listwise_fwd(*common, False, False)
     assert coef.shape == dweight.shape == (0,)
     for needs in itertools.product([True, False], repeat=3):
-        out = ops.rank1_bwd(torch.tensor(1.0), torch.ones(7), None, weight, None, hidden, None,
+        out = ops.head_bwd(torch.tensor(1.0), torch.ones(7), None, weight, None, hidden, None,
                             [7, 16], torch.float32, *needs)  # fmt: skip
         shapes = [(7, 16), (16,), ()]
         for g, need, shape in zip(out, needs, shapes, strict=True):
@@ -400,7 +400,7 @@ def test_score(dtype, gathered):
     eps = torch.finfo(scores.dtype).eps
     assert error(scores, exact) <= 4 * eps * (flat.double().abs() @ weight[0].double().abs()).max()
     grad = torch.randn(len(scores), dtype=acc(dtype))
-    dhidden, dweight, dbias = ops.rank1_bwd(
+    dhidden, dweight, dbias = ops.head_bwd(
         torch.ones(()), grad, None, weight, rows, hidden, None, hidden.shape, dtype,
         True, True, True,
     )  # fmt: skip
@@ -911,7 +911,7 @@ def test_conversions_are_torchs(isa, dtype):
     for bits in (patterns, near.reshape(-1)):
         values = bits.to(torch.int32).view(torch.float32)
         values = values[values.isfinite() & ((values == 0) | (values.abs() >= 1e-37))]
-        out = ops.rank1_bwd(torch.ones(()), torch.ones(1), None, values, None, None, None,
+        out = ops.head_bwd(torch.ones(()), torch.ones(1), None, values, None, None, None,
                             [1, len(values)], dtype, True, False, False)[0][0]  # fmt: skip
         assert torch.equal(out, values.to(dtype))
 
@@ -925,7 +925,7 @@ def test_big_output(huge, D):
     ops.set_huge_pages(huge)
     T = (70 << 20) // (D * 2)
     weight, coef = torch.randn(D), torch.randn(T)
-    out = ops.rank1_bwd(torch.tensor(2.0), coef, None, weight, None, None, None, [T, D],
+    out = ops.head_bwd(torch.tensor(2.0), coef, None, weight, None, None, None, [T, D],
                         torch.bfloat16, True, False, False)[0]  # fmt: skip
     assert torch.equal(out, ((2 * coef)[:, None] * weight).bfloat16())
     assert out.is_contiguous() and out.storage_offset() == 0
@@ -938,7 +938,7 @@ def test_pooled_output():
     weight, coef = torch.randn(1024), torch.randn(512)
 
     def once(mul):
-        return ops.rank1_bwd(torch.tensor(mul), coef, None, weight, None, None, None, [512, 1024],
+        return ops.head_bwd(torch.tensor(mul), coef, None, weight, None, None, None, [512, 1024],
                              torch.float32, True, False, False)[0]  # fmt: skip
 
     first, second = once(1.0), once(2.0)
@@ -953,7 +953,7 @@ def test_pooled_output():
 def test_every_row_is_written_and_no_other():
     hidden = torch.full((4, 5, 24), math.nan)
     rows = torch.tensor([19, 0, 7])
-    out = ops.rank1_bwd(torch.tensor(1.0), torch.tensor([1.0, 2.0, 0.0]), None,
+    out = ops.head_bwd(torch.tensor(1.0), torch.tensor([1.0, 2.0, 0.0]), None,
                         torch.full((24,), 3.0), rows, None, None, hidden.shape, torch.float32,
                         True, False, False)[0].view(20, 24)  # fmt: skip
     want = torch.zeros(20, 24)
@@ -1019,7 +1019,7 @@ def test_bad_input(change, kind, message):
 
 def test_backward_checks_rows():
     with pytest.raises(ValueError, match=r"rows\[0\] = 9"):
-        ops.rank1_bwd(torch.tensor(1.0), torch.ones(1), None, torch.ones(4), torch.tensor([9]),
+        ops.head_bwd(torch.tensor(1.0), torch.ones(1), None, torch.ones(4), torch.tensor([9]),
                       None, None, [5, 4], torch.float32, True, False, False)  # fmt: skip
 
 
@@ -1064,7 +1064,7 @@ def test_tensors_without_memory_are_refused():
             ops.listwise_loss(hidden, weight, bias, offsets_of([3, 1, 4]), target)
         empty.untyped_storage().resize_(size)
     with pytest.raises(ValueError, match="D > 0"):
-        ops.rank1_bwd(torch.ones(()), torch.ones(3), None, torch.ones(0), None, None, None,
+        ops.head_bwd(torch.ones(()), torch.ones(3), None, torch.ones(0), None, None, None,
                       [3, 0], torch.float32, True, False, False)  # fmt: skip
 
 
@@ -1080,7 +1080,7 @@ def test_frozen_head_keeps_no_hidden():
 
 @pytest.mark.parametrize(
     "op",
-    ["score", "score_fwd", "listwise_loss", "listwise_fwd", "rank1_bwd", "score_heads",
+    ["score", "score_fwd", "listwise_loss", "listwise_fwd", "head_bwd", "score_heads",
      "score_fwd_heads", "listwise_loss_heads", "listwise_fwd_heads", "heads_bwd", "plackett_luce",
      "plackett_luce_fwd", "bradley_terry", "bradley_terry_fwd"],
 )  # fmt: skip
@@ -1103,7 +1103,7 @@ def test_opcheck(op):
         "score": (*head, rows), "score_fwd": (*head, rows),
         "listwise_loss": (*head, *groups, *options),
         "listwise_fwd": (*head, *groups, *options, True, True),
-        "rank1_bwd": (torch.rand(3), torch.rand(8), offsets, weight, rows, hidden, None,
+        "head_bwd": (torch.rand(3), torch.rand(8), offsets, weight, rows, hidden, None,
                       [8, 6], torch.float32, True, True, True),
         "score_heads": (*heads, rows), "score_fwd_heads": (*heads, rows),
         "listwise_loss_heads": (*heads, *groups, *options),

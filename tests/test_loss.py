@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -375,8 +377,68 @@ def test_what_the_fused_backward_cannot_do_is_refused(backend: str) -> None:
     with pytest.raises(RuntimeError, match="forward mode AD|jvp|functorch"):
         torch.func.jvp(lambda h: fastrm.listwise_loss(h, weight.detach(), **kw),
                        (p.hidden,), (p.hidden,))  # fmt: skip
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode AD|jvp"):
-        fastrm.listwise_loss(forward_ad.make_dual(p.hidden, p.hidden), weight.detach(), **kw)
+    ranks = {"offsets": p.offsets, "ranks": torch.arange(4, device=p.hidden.device)}
+    for recorded in (True, False):  # which forward mode does not ask
+        with torch.set_grad_enabled(recorded), forward_ad.dual_level():
+            dual = forward_ad.make_dual(p.hidden, p.hidden)
+            for call in (
+                lambda w: fastrm.listwise_loss(dual, w, **kw),  # noqa: B023
+                lambda w: fastrm.score(dual, w, backend=backend),  # noqa: B023
+                lambda w: fastrm.plackett_luce_loss_from_scores(
+                    dual[:, 0], **ranks, backend=backend  # noqa: B023
+                ),
+            ):
+                with pytest.raises(RuntimeError, match="forward mode AD|jvp"):
+                    call(weight.detach())
+
+
+@pytest.mark.parametrize("backend", [None, "cpp"])
+def test_the_first_call_of_a_process_may_be_compiled(backend: str | None) -> None:
+    """It loads the backend while it is traced."""
+    code = f"""if True:
+        import torch, fastrm
+        def loss(hidden, weight, offsets, target):
+            return fastrm.listwise_loss(
+                hidden, weight, offsets=offsets, target=target, backend={backend!r}
+            )
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+        args = torch.ones(5, 4), torch.ones(4), torch.tensor([0, 2, 5]), torch.tensor([0, 1])
+        print(float(compiled(*args)))
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) == pytest.approx((math.log(2) + math.log(3)) / 2)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("center_coef", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_autograd(heads: int, center_coef: float, reduction: str) -> None:
+    """A graph that was made in eager runs under it, and gives the same gradients."""
+    p = make([2, 3], 4).to(torch.bfloat16)
+    leaves = p.hidden, p.weight.expand(heads, -1).clone(), torch.zeros(heads)
+    for x in leaves:
+        x.requires_grad_()
+    options: dict[str, Any] = dict(center_coef=center_coef, reduction=reduction, backend="cpp")
+
+    def loss() -> torch.Tensor:
+        return fastrm.listwise_loss(*leaves, offsets=p.offsets, target=p.target, **options).sum()
+
+    expected = torch.autograd.grad(loss(), leaves)
+    value = loss()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        value.backward()
+    assert all(torch.equal(x.grad, g) for x, g in zip(leaves, expected, strict=True))
+
+
+def test_devices_without_autocast() -> None:
+    hidden, weight, offsets = (torch.ones(5, 4), torch.ones(4), torch.tensor([0, 2, 5]))
+    args: Any = [x.to("meta") for x in (hidden, weight)]
+    groups: Any = dict(offsets=offsets.to("meta"))
+    assert fastrm.score(*args).shape == (5,)
+    target, ranks = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (2, 5))
+    assert fastrm.listwise_loss(*args, **groups, target=target).shape == ()
+    assert fastrm.plackett_luce_loss(*args, **groups, ranks=ranks).shape == ()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -532,6 +594,8 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("weights size", {"group_weight": torch.ones(5)}, ValueError, r"group_weight .*\(2,\)"),
     ("weights nan", {"group_weight": torch.tensor([1, math.nan])}, ValueError, r"weight\[1\]"),
     ("temperature", {"temperature": 0.0}, ValueError, "temperature must be .* above 0"),
+    ("tensors", {"temperature": torch.tensor(1.0)}, ValueError, "temperature must be a finite num"),
+    ("tensor", {"center_coef": torch.tensor(0.0)}, ValueError, "center_coef must be a finite num"),
     ("smoothing", {"label_smoothing": 1.5}, ValueError, "label_smoothing must be .* 0 to 1"),
     ("centring", {"center_coef": -1.0}, ValueError, "center_coef must be"),
     ("reduction", {"reduction": "avg"}, ValueError, 'reduction must be "mean", "sum" or "none"'),

@@ -198,6 +198,43 @@ def test_labelled_pairs(backend: str, reduction: str) -> None:
         torch.testing.assert_close(got[name], x, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_candidate_of_many_labelled_pairs(dtype: torch.dtype) -> None:
+    """Its gradient has as many terms, which are not added up in the scores' type."""
+    K = 2001
+    scores = (torch.randn(K, generator=torch.Generator().manual_seed(0)) / 2).to(dtype)
+    pairs = torch.stack([torch.zeros(K - 1, dtype=torch.int64), torch.arange(1, K)], 1)
+    x, exact = (scores.to(t, copy=True).requires_grad_() for t in (dtype, torch.float64))
+    offsets = torch.tensor([0, K])
+    fastrm.bradley_terry_loss_from_scores(x, offsets=offsets, pairs=pairs).backward()
+    F.softplus(exact[1:] - exact[0]).mean().backward()
+    assert x.grad is not None and exact.grad is not None
+    # Rounded once, from terms in float32.
+    torch.testing.assert_close(
+        x.grad.double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_labelled_pairs_have_the_same_bits_for_any_thread_count(heads: int) -> None:
+    N = 60_000
+    scores = torch.randn(4 * N, heads, generator=torch.Generator().manual_seed(0)).squeeze(1)
+    offsets = torch.arange(0, 4 * N + 1, 4)
+    pairs = torch.stack([offsets[:-1], offsets[:-1] + 1], 1)
+    found = set()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            loss = fastrm.bradley_terry_loss_from_scores(
+                scores, offsets=offsets, pairs=torch.cat([pairs, pairs + 1]), backend="cpp"
+            )
+            found.add(float(loss))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss", ["listwise", *LOSSES])
