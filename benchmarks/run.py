@@ -342,6 +342,9 @@ def choose(args: argparse.Namespace) -> tuple[Plan, torch.device]:
         one_of("--loss", point.loss, LOSSES)
         if not (point.groups.isdecimal() and int(point.groups) > 0):
             one_of("--groups", point.groups, ["K", *KINDS])
+        elif int(point.groups) > point.candidates:
+            raise ValueError(f"--groups must be at most --candidates, {point.candidates}, got "
+                             f"{point.groups}")  # fmt: skip
         plan = {"custom": ([point], names)}
     if args.seconds <= 0:
         raise ValueError(f"--seconds must be above 0, got {args.seconds}")

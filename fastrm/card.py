@@ -56,7 +56,8 @@ def _card(trainer: Any, name: str, base: str, is_hub: bool, form: Form) -> list[
     args, log_history = trainer.args, trainer.state.log_history
     used = {"max_length": trainer._max_tokens}
     if layouts := getattr(trainer.data_collator, "layouts", ()):
-        used["layout"] = " or ".join(layouts)
+        several = "for each batch the cheapest of " * (len(layouts) > 1)
+        used["layout"] = several + ", ".join(layouts)
     architecture = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
     found = [
         f"# {name}", "",

@@ -136,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     reader that disagrees; 2 for a mistake in the input; 130 for Ctrl-C.
     """
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    # PEFT imports it, and it warns of a kernel that nothing here asks for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     arguments = [_kebab(a) for a in (sys.argv[1:] if argv is None else argv)]
     prog = "fastrm"
     try:
@@ -520,6 +522,8 @@ def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> Non
             config = fastrm.RewardConfig(**{"report_to": "none", **given})
         except (ValueError, TypeError, ImportError) as e:
             raise UserError(_first_line(e)) from None
+        if resume and 0 < config.max_steps <= (done := _steps_done(resume)):
+            raise UserError(f"--max-steps {config.max_steps}: {resume} has {done} steps already")
         if config.world_size > 1:
             # Threads that let go of a tensor while Python ends abort it.
             atexit.register(_leave_process_group)
@@ -595,6 +599,8 @@ def _score(args: argparse.Namespace) -> None:
 
     rows = read_rows("/dev/stdin" if args.input == "-" else args.input, labelled=False)
     if args.output != "-":
+        if Path(args.output).suffix.lower() in (".csv", ".tsv", ".parquet"):
+            raise UserError(f"--output is written as JSON lines, got {args.output}")
         _touch(Path(args.output))  # a mistake in the path shows before the work
     model, tokenizer = _trained(args.model)
     try:
@@ -633,7 +639,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     output = _directory(args.output_dir) if args.output_dir else None
     if args.fit_normalization and not (Path(args.model) / "config.json").is_file():
         raise UserError(f"--fit-normalization writes to the model's config.json: expected --model "
-                        f"to be a folder, got {args.model}")  # fmt: skip
+                        f"to be a folder that has one, got {args.model}")  # fmt: skip
     model, tokenizer = _trained(args.model)
     with _quiet():
         kept, scores = scored(rows, score_rows(model, tokenizer, rows, **_scoring(args)))
@@ -712,6 +718,14 @@ def _data_check(args: argparse.Namespace) -> int:
     return int(bool(found["errors"]))
 
 
+def _base_of(name: str) -> str:
+    """The model that has the config: of an adapter's folder, the one that it adapts."""
+    adapter = Path(name) / "adapter_config.json"
+    if not adapter.is_file() or (Path(name) / "config.json").is_file():
+        return name
+    return str(json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
 def _counting(name: str, max_length: int | None) -> dict[str, Any]:
     """How training would tokenise for a model, whose weights are not loaded."""
     from transformers import AutoConfig, AutoTokenizer
@@ -722,7 +736,7 @@ def _counting(name: str, max_length: int | None) -> dict[str, Any]:
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model: Any = SimpleNamespace(config=AutoConfig.from_pretrained(name))
+            model: Any = SimpleNamespace(config=AutoConfig.from_pretrained(_base_of(name)))
             trained = any("SequenceClassification" in a for a in model.config.architectures or ())
             set_pad_token(model, tokenizer, keep=trained)
         except (OSError, ValueError, KeyError) as e:
@@ -964,6 +978,11 @@ def _json(row: Mapping[str, Any]) -> str:
     except UnicodeEncodeError:
         return json.dumps(row, default=str)
     return text
+
+
+def _steps_done(checkpoint: str) -> int:
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])
 
 
 def _touch(path: Path) -> None:

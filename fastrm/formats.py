@@ -210,11 +210,13 @@ def _sentence_transformers(row: Row, where: str) -> Row:
 def _by_order(present: Row) -> list[str] | None:
     """Names of the columns text, texts and labels, which sentence-transformers tells by order.
 
-    Only the labels' column has a name of its own there, and may be anywhere.
+    Only the labels' column has a name of its own there, and may be anywhere; where it has, further
+    columns may follow.
     """
     columns = [name for name in present if name not in ("weight", "margin")]
     named = [name for name in columns if name in ("label", "labels", "score", "scores")]
-    columns = [name for name in columns if name not in named[:1]] + named[:1]
+    if named:
+        columns = [name for name in columns if name != named[0]][:2] + named[:1]
     return columns if [type(present[name]) for name in columns] == [str, list, list] else None
 
 
@@ -411,7 +413,10 @@ def _cell(column: str, cell: str, where: str) -> Any:
         return cell
     value = _parsed(cell, where, "JSON")
     # A text may begin like a list, and may even be one.
-    return cell if isinstance(value, DataError) or column in _TEXT and not is_text(value) else value
+    if isinstance(value, DataError):
+        return cell
+    several = column == "rejected" and bool(value) and all(map(is_text, value))
+    return value if column not in _TEXT or is_text(value) or several else cell
 
 
 _TEXT = {"prompt", "chosen", "rejected", "context", "query", "question", "anchor"}

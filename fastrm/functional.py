@@ -100,7 +100,8 @@ def listwise_loss(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. On CPU values are
             checked too. On CUDA they are not (it would cost a synchronisation) unless
-            FASTRM_CHECK=1 is set: there a group with invalid input gives NaN.
+            FASTRM_CHECK=1 is set: there a group with invalid input gives NaN. Under torch.compile
+            only the C++ kernels check values, of what a teacher or pairs have become.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     if teacher_scores is not None or target is None:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from fastrm import functional
-from fastrm.packing import padding_position
+from fastrm.packing import backbone, padding_position
 
 # The losses that a trainer can take, and what of a batch they read.
 LOSSES: Mapping[str, tuple[str, ...]] = {
@@ -188,13 +188,22 @@ def attach_head(model: nn.Module) -> RewardHead:
     """Make the model's scalar linear layer a `RewardHead` that has the same parameters, in fp32.
 
     Raises:
-        ValueError: the model has no such layer, or several.
+        ValueError: the model has no such layer, or several; or it pools where padding may be.
     """
+    pooling: Any = model
+    if hasattr(model, "sequence_summary") and not is_encoder(pooling):
+        raise ValueError(
+            f"{type(model).__name__} reads each row at its last position, which is padding in all "
+            "but the longest row: its rewards depend on the batch"
+        )
     found = [
         (name, m)
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear) and m.out_features == 1 and "original_module" not in name
     ]
+    if len(found) > 1 and hasattr(model, "base_model"):  # a gate of experts has one output too
+        inside = set(backbone(model).modules())
+        found = [(name, m) for name, m in found if m not in inside] or found
     if len(found) != 1:
         names = ", ".join(name for name, _ in found)
         raise ValueError(

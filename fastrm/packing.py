@@ -326,7 +326,7 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
         if "last" not in batch and (table := _table(model)) is not None:
             ids = [part.pop("input_ids") for part in parts]
             found = table(torch.cat([x.flatten() for x in ids])).split([x.numel() for x in ids])
-            padding = padding_position(_base(model))
+            padding = padding_position(backbone(model))
             for part, x, embedded in zip(parts, ids, found, strict=True):
                 part["inputs_embeds"] = embedded.view(*x.shape, -1)
                 if padding is not None:
@@ -340,7 +340,7 @@ def run(model: Any, batch: Mapping[str, Any], config: Any) -> Any:
         name = next(name for name in _CACHES if name in outputs)
         outputs[name].batch_select_indices(batch["prompt"])
         inputs |= {name: outputs[name], "use_cache": True}
-    base, pools = _base(model), "first" in batch
+    base, pools = backbone(model), "first" in batch
     if "ends" in batch:
         inputs["attention_mask"] = tree_mask(
             config, batch["ends"], batch["position_ids"], base.dtype, pools
@@ -404,10 +404,10 @@ def _table(model: Any) -> torch.nn.Embedding | None:
 
 def _takes(model: Any) -> Mapping[str, Any]:
     """The arguments of the model's backbone."""
-    return inspect.signature(_base(model).forward).parameters
+    return inspect.signature(backbone(model).forward).parameters
 
 
-def _base(model: Any) -> Any:
+def backbone(model: Any) -> Any:
     """The model's backbone."""
     model = getattr(model, "module", model)
     return getattr(model, "get_base_model", lambda: model)().base_model  # inside of PEFT's wrapper

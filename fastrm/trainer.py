@@ -296,10 +296,11 @@ class RewardTrainer(Trainer):
         elif args.eval_strategy == IntervalStrategy.EPOCH and not args.load_best_model_at_end:
             args.eval_strategy = IntervalStrategy.NO
         metric = args.metric_for_best_model
-        if metric and not isinstance(eval_dataset, dict):
-            if metric.removeprefix("eval_") not in (names := list(_means([0.0] * 8))):
-                raise ValueError(f"metric_for_best_model must be one of {', '.join(names)}, "
-                                 f"got {metric!r}")  # fmt: skip
+        sets = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+        names = [of_set + name for of_set in sets for name in _means([0.0] * 8)]
+        if metric and metric.removeprefix("eval_") not in names:
+            raise ValueError(f"metric_for_best_model must be one of {', '.join(names)}, "
+                             f"got {metric!r}")  # fmt: skip
         self._options: dict[str, Any] = {
             "temperature": args.temperature,
             "center_coef": args.center_rewards_coefficient or 0.0,
@@ -737,6 +738,8 @@ class _StopOnPlateau(TrainerCallback):
     ) -> None:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         before, recent = losses[: -self.patience], losses[-self.patience :]
+        if control.should_training_stop:
+            return  # it has been said
         if before and min(recent) >= min(before) - self.threshold:
             log.info("training loss has not improved for %d logs, stopping", self.patience)
             control.should_training_stop = True

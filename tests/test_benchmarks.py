@@ -289,6 +289,7 @@ def test_failures_are_the_exit_code(tmp_path, capsys, monkeypatch):
         (["--hidden-size", "64"], "one point is --candidates M"),
         (["--candidates", "8", "--dtype", "int8"], "--dtype must be one of bf16, .*'int8'"),
         (["--candidates", "8", "--groups", "zip"], "--groups must be one of K, .*'zip'"),
+        (["--candidates", "8", "--groups", "9"], "--groups must be at most --candidates, 8, got 9"),
         (["--candidates", "8", "--layout", "x"], "--layout must be one of packed, .*'x'"),
         (["--candidates", "8", "--seconds", "0"], "--seconds must be above 0"),
         (["--candidates", "8", "--output", "/dev/null/x"], "/dev/null"),

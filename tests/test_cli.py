@@ -226,6 +226,8 @@ def train(*arguments: str) -> list[str]:
         (train("--model", "o-empty"), "model o-empty: expected a directory with config.json"),
         (train("--output-dir", "rows.jsonl"), "--output-dir rows.jsonl: File exists"),
         (train("--resume-from-checkpoint", "none"), "none: expected a checkpoint"),
+        (train("--resume-from-checkpoint", "done", "--max-steps", "2"),
+         "--max-steps 2: done has 2 steps already"),
         (train("--learning-rate", "-1"), "learning_rate must be 0 or more"),
         (train("--report-to", "nowhere"), "nowhere"),
         (train("--max-steps", "0"), "max_steps must be above 0"),
@@ -245,6 +247,8 @@ def train(*arguments: str) -> list[str]:
         (["score", "--model", "tiny"], "score: error: the following arguments .* --input"),
         (["score", "--model", "tiny", "--input", "rows.jsonl", "--output", "no/where"],
          "no/where: No such file or directory"),
+        (["score", "--model", "tiny", "--input", "rows.jsonl", "--output", "s.csv"],
+         "--output is written as JSON lines, got s.csv"),
         (["score", "--model", "tiny", "--input", "rows.jsonl", "--batch-size", "0"],
          "--batch-size: expected an integer of at least 1, got '0'"),
         (["evaluate", "--model", "none", "--file", "rows.jsonl"], "cannot load model none"),
@@ -267,7 +271,9 @@ def train(*arguments: str) -> list[str]:
 def test_mistakes(here, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(here)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (here / "o-empty").mkdir(exist_ok=True)
+    for name in ("o-empty", "done"):
+        (here / name).mkdir(exist_ok=True)
+    (here / "done" / "trainer_state.json").write_text('{"global_step": 2}')
     for name in ("mute", "three", "damaged"):
         shutil.copytree(here / "tiny", here / name, dirs_exist_ok=True)
     for file in (here / "mute").glob("tokenizer*"):

@@ -289,9 +289,10 @@ def test_columns_of_lists_go_by_order_and_labels_by_name(columns):
     values = {"label": [0, 3, 1], "labels": [0, 3, 1], "scores": [0, 3, 1]}
     first, *rest = columns.split()
     row = {first: "q"} | {c: values.get(c, ["x", "y", "z"]) for c in rest}
-    assert check_rows([row]) == [
-        {"prompt": "q", "candidates": ["x", "y", "z"], "labels": [0, 3, 1]}
-    ]
+    expected = {"prompt": "q", "candidates": ["x", "y", "z"], "labels": [0, 3, 1]}
+    assert check_rows([row]) == [expected]
+    more = {"source": "web", "id": 7}
+    assert check_rows([row | more]) == [expected | more]
 
 
 USER = [{"role": "user", "content": "u"}]
@@ -388,6 +389,20 @@ def test_a_json_file_of_lines_is_read_as_such(tmp_path):
     assert read_rows(tmp_path / "x.json") == [
         {"prompt": "a", "candidates": ["b", "c"], "best": 0}
     ]
+
+
+def test_cells_that_begin_like_a_list(tmp_path):
+    messages = [{"role": "assistant", "content": "d"}]
+    for rejected, margin, expected in (
+        (["b", "c"], [0.5, 1.0], ["b", "c"]), ("[b] c", 1.0, ["[b] c"]), ("[1, 2]", 1.0, ["[1, 2]"])
+    ):  # fmt: skip
+        row = {"prompt": "p", "chosen": "a", "rejected": rejected, "margin": margin}
+        write_csv([row], tmp_path / "x.csv")
+        found = read_rows(tmp_path / "x.csv")
+        assert found == check_rows([row]) and found[0]["candidates"] == ["a", *expected]
+    row = {"prompt": "p", "chosen": messages, "rejected": [messages, messages]}
+    write_csv([row], tmp_path / "x.csv")
+    assert read_rows(tmp_path / "x.csv")[0]["candidates"] == [messages] * 3
 
 
 def test_large_cells_of_csv(tmp_path):

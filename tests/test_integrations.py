@@ -537,6 +537,7 @@ def test_lora_round_trip_keeps_rewards_and_the_trained_head(tmp_path, dtype):
         got = flat(json.loads(line)["scores"] for line in scored.read_text().splitlines())
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
         assert cli.main(["verify", "--model", adapter]) == 2  # other readers load no adapter
+        assert cli.main(["data", "check", str(tmp_path / "rows.jsonl"), "--model", adapter]) == 0
         merged = loaded.merge_and_unload()
         merged.save_pretrained(tmp_path / "merged")
         tokenizer.save_pretrained(tmp_path / "merged")

@@ -231,6 +231,16 @@ def test_attach_head():
         attach_head(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="Sequential has 2"):
         attach_head(nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1)))
+    experts = make_decoder(
+        "qwen2_moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    )
+    assert attach_head(experts) is experts.score  # whose layers have gates with one output
+    size = dict(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=48, num_labels=1)
+    pools_padding = AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("xlnet", **size)
+    )
+    with pytest.raises(ValueError, match="XLNet.* reads each row at its last position, which is"):
+        attach_head(pools_padding)
 
 
 @pytest.mark.parametrize(

@@ -407,6 +407,12 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(tmp_path, caplog):
     with pytest.raises(ValueError, match="metric_for_best_model must be one of loss, accuracy"):
         RewardTrainer(make_decoder(), config(tmp_path, metric_for_best_model="eval_acc"), rows,
                       rows, make_tokenizer())  # fmt: skip
+    stops = config(tmp_path, early_stopping_patience=1, eval_strategy="epoch")
+    with pytest.raises(ValueError, match="one of easy_loss, .*, hard_loss, .*, got 'loss'"):
+        sets = {"easy": rows, "hard": rows}
+        RewardTrainer(make_decoder(), stops, rows, sets, make_tokenizer())
+    stops.metric_for_best_model = "hard_loss"
+    RewardTrainer(make_decoder(), stops, rows, sets, make_tokenizer())
     flexible = make_decoder(attn_implementation="flex_attention")
     with pytest.raises(ValueError, match="flex_attention trains on a GPU only"):
         RewardTrainer(flexible, config(tmp_path, use_cpu=True), rows, None, make_tokenizer())
