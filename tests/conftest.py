@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,14 +25,15 @@ VOCABULARY = 300
 
 
 def pytest_configure(config):
-    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's: files with most tests first
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's, which knows no slow tests
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: begun last, one would go on when the other workers are done."""
+    """Files with slow tests first, then those with most, so that all workers end together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -tests[item.path], item.path))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 D = "1,7,96,384,576,896,1000,2048,3584,4096,5120,8192,16384"
 EVERY_OPTION = [f"{k}=True" for k in (
     "SOFT", "SMOOTH", "CENTER", "HAS_ROWS", "BATCHED", "HAS_MARGIN", "HAS_GROUP_WEIGHT",
@@ -28,6 +30,7 @@ def aot(*words: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_resources() -> None:
     """No spill and no stack, and as many programs resident as the grid is made for."""
     reports = aot(
