@@ -736,10 +736,10 @@ class _StopOnPlateau(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        before, recent = losses[: -self.patience], losses[-self.patience :]
         if control.should_training_stop:
             return  # it has been said
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        before, recent = losses[: -self.patience], losses[-self.patience :]
         if before and min(recent) >= min(before) - self.threshold:
             log.info("training loss has not improved for %d logs, stopping", self.patience)
             control.should_training_stop = True

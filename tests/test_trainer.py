@@ -415,8 +415,8 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(tmp_path, caplog):
     RewardTrainer(make_decoder(), stops, rows, sets, make_tokenizer())
     flexible = make_decoder(attn_implementation="flex_attention")
     with pytest.raises(ValueError, match="flex_attention trains on a GPU only"):
-        RewardTrainer(flexible, config(tmp_path, use_cpu=True), rows, None, make_tokenizer())
-    RewardTrainer(flexible, config(tmp_path, use_cpu=True), None, rows, make_tokenizer())
+        RewardTrainer(flexible, config(tmp_path), rows, None, make_tokenizer())
+    RewardTrainer(flexible, config(tmp_path), None, rows, make_tokenizer())
     for loss, warns in (("plackett_luce", True), ("bradley_terry", False)):
         caplog.clear()
         args = config(tmp_path, loss=loss)
