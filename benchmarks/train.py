@@ -208,10 +208,11 @@ def choose(args: argparse.Namespace) -> tuple[list[Setting], Sequence[str]]:
     run.one_of("--dtype", args.dtype, LOSS_AGREES)
     for model in args.model:
         for data in args.data:
-            if model in CONFIGS and not _is_shape(data):
-                raise ValueError(f"--model {model} has no tokenizer, so --data must be P/K/R")
-            if not _is_shape(data) and not Path(data).is_file():
-                raise ValueError(f"--data must be P/K/R or a file of groups, got {data}")
+            if _is_shape(data) or (Path(data).is_file() and model not in CONFIGS):
+                continue
+            file = ": it has no tokenizer" if model in CONFIGS else " or a file of groups"
+            raise ValueError(f"--data for --model {model} must be P/K/R, such as 128/4/32{file}, "
+                             f"got {data}")  # fmt: skip
     options = (args.batch_size, args.dtype, args.max_length, args.attn_implementation)
     return [Setting(m, d, *options) for m in args.model for d in args.data], names
 
@@ -388,7 +389,7 @@ def _status(name: str) -> int:
 
 
 def _is_shape(data: str) -> bool:
-    return re.fullmatch(r"\d+/\d+/\d+", data) is not None
+    return re.fullmatch(r"[1-9]\d*(/[1-9]\d*){2}", data) is not None
 
 
 def make_model(setting: Setting, device: torch.device) -> Any:

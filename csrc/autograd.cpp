@@ -77,28 +77,28 @@ struct Facts {
   bool shift_invariant;
 };
 
-c10::IValue sizes(const Tensor& t) {
-  c10::SymIntArrayRef found = t.sym_sizes();
-  return c10::ivalue::Tuple::create(std::vector<c10::IValue>(found.begin(), found.end()));
+c10::IValue shape_of(const Tensor& t) {
+  c10::SymIntArrayRef sizes = t.sym_sizes();
+  return c10::ivalue::Tuple::create(std::vector<c10::IValue>(sizes.begin(), sizes.end()));
 }
 
-std::vector<c10::SymInt> sizes(const c10::IValue& tuple) {
-  std::vector<c10::SymInt> found;
-  for (const c10::IValue& n : tuple.toTupleRef().elements()) found.push_back(n.toSymInt());
-  return found;
+std::vector<c10::SymInt> sizes_in(const c10::IValue& shape) {
+  std::vector<c10::SymInt> sizes;
+  for (const c10::IValue& n : shape.toTupleRef().elements()) sizes.push_back(n.toSymInt());
+  return sizes;
 }
 
 void keep_facts(
     AutogradContext* ctx, const Tensor& hidden, const OptTensor& bias, bool shift_invariant) {
   const Tensor& b = bias ? *bias : hidden;
   ctx->saved_data["facts"] = c10::ivalue::Tuple::create(std::vector<c10::IValue>{
-      sizes(hidden), int64_t(hidden.scalar_type()), bias.has_value(), sizes(b),
+      shape_of(hidden), int64_t(hidden.scalar_type()), bias.has_value(), shape_of(b),
       int64_t(b.scalar_type()), shift_invariant});
 }
 
 Facts facts_of(AutogradContext* ctx) {
   const auto& kept = ctx->saved_data["facts"].toTupleRef().elements();
-  return {sizes(kept[0]), at::ScalarType(kept[1].toInt()), kept[2].toBool(), sizes(kept[3]),
+  return {sizes_in(kept[0]), at::ScalarType(kept[1].toInt()), kept[2].toBool(), sizes_in(kept[3]),
           at::ScalarType(kept[4].toInt()), kept[5].toBool()};
 }
 

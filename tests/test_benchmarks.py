@@ -377,6 +377,14 @@ def test_training_steps_agree_and_are_timed(
     assert len(tiny.table(rows).splitlines()) == 2 + len(names)
 
 
+@pytest.mark.parametrize("data", ["0/4/32", "128/4", __file__, "nowhere.jsonl"])
+def test_training_data_that_there_is_not_is_refused(capsys: Any, data: str) -> None:
+    assert cli.main(["bench", "train", "--model", "llama-small", "--data", data]) == 2
+    assert f"must be P/K/R, such as 128/4/32: it has no tokenizer, got {data}" in (
+        capsys.readouterr().err
+    )
+
+
 def test_a_wrong_training_step_is_not_timed(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(model: Any, examples: Any) -> Any:
         right = tiny.CONTESTANTS["padded-loop"](model, examples)
