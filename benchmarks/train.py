@@ -347,7 +347,7 @@ def _peak_memory(setting: Setting, name: str, device: torch.device) -> int | Non
     if device.type == "cuda":
         return _memory(setting, name, str(device), torch.get_num_threads())
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:
+    with ProcessPoolExecutor(1, context, initializer=_quiet) as pool:
         future = pool.submit(_memory, setting, name, str(device), torch.get_num_threads())
         try:
             return future.result()
@@ -356,6 +356,14 @@ def _peak_memory(setting: Setting, name: str, device: torch.device) -> int | Non
                 "two steps of it were killed, most likely for want of memory: a smaller "
                 "--batch-size or --dtype bf16 takes less"
             ) from None
+
+
+def _quiet() -> None:
+    """In a new process, which reports a head that is new on purpose and draws bars otherwise."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _memory(setting: Setting, name: str, device: str, threads: int) -> int | None:
