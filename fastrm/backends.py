@@ -42,7 +42,7 @@ def choose(device_type: str, requested: str | None = None) -> str:
         ValueError: no such backend.
         RuntimeError: the backend cannot run here, or not on this device.
     """
-    name = requested or _ASKED
+    name = _ASKED if requested is None else requested
     if name is None:
         name = "triton" if device_type == "cuda" else "cpp" if device_type == "cpu" else "torch"
         return name if _load(name) else "torch"

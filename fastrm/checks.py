@@ -7,6 +7,8 @@ Letters: N groups, M candidates, T rows of hidden, D hidden size, E heads, P pai
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +31,8 @@ def tensor(name: str, x: Any, dtypes: tuple[torch.dtype, ...]) -> None:
     if x.dtype not in dtypes:
         kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have dtype {kinds}, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {x.layout}")
 
 
 def on_device(name: str, x: Tensor, device: torch.device) -> None:
@@ -109,15 +113,19 @@ def pairs(x: Any, device: torch.device) -> None:
     on_device("pairs", x, device)
 
 
+def number(name: str, x: Any, expected: str, fits: Callable[[float], bool]) -> None:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a Python float or int, got {type(x).__name__}")
+    if not (fits(x) and x <= sys.float_info.max):
+        refuse(name, expected, x)
+
+
 def options(
     temperature: float, center_coef: float, reduction: str, label_smoothing: float = 0.0
 ) -> None:
-    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
-        refuse("temperature", "be a finite number above 0", temperature)
-    if not (isinstance(label_smoothing, int | float) and 0 <= label_smoothing <= 1):
-        refuse("label_smoothing", "be a number from 0 to 1", label_smoothing)
-    if not (isinstance(center_coef, int | float) and 0 <= center_coef < math.inf):
-        refuse("center_coef", "be a finite number, 0 or more", center_coef)
+    number("temperature", temperature, "be a finite number above 0", lambda x: x > 0)
+    number("label_smoothing", label_smoothing, "be a number from 0 to 1", lambda x: 0 <= x <= 1)
+    number("center_coef", center_coef, "be a finite number, 0 or more", lambda x: x >= 0)
     if reduction not in REDUCTIONS:
         refuse("reduction", 'be "mean", "sum" or "none"', repr(reduction))
 

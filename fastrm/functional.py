@@ -9,7 +9,6 @@ E heads, P pairs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -625,8 +624,7 @@ def _with_teacher(
     if margin is not None:
         raise ValueError("margin must be None with teacher_scores: every candidate is a target")
     c = distillation_coef
-    if not (isinstance(c, int | float) and 0 < c < math.inf):
-        checks.refuse("distillation_coef", "be a finite number above 0", c)
+    checks.number("distillation_coef", c, "be a finite number above 0", lambda x: x > 0)
     M = hidden.shape[:-1].numel() if rows is None else len(rows)
     N = checks.offsets(offsets, hidden.device)
     checks.vector("teacher_scores", teacher_scores, M, "candidate", hidden.device)

@@ -190,7 +190,10 @@ def group_sums(x: Tensor, offsets: Tensor) -> Tensor:
 
 def _integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
     if not isinstance(values, Tensor):
-        values = torch.tensor(values) if len(values) else torch.tensor([], dtype=torch.int64)
+        try:
+            values = torch.tensor(list(values), dtype=None if values else torch.int64)
+        except (TypeError, ValueError, RuntimeError):  # what torch makes of it
+            raise TypeError(f"{name} must be integers, got {values!r:.60}") from None
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integer, got {values.dtype}")
     if values.dim() != 1:

@@ -59,13 +59,14 @@ def listwise_loss_ref(
         q = (i - spread(first) == spread(target)).to(scores.dtype)
         counted = target != -100
         valid = (size > 0) & (~counted | ((target >= 0) & (target < size)))
+        scores = torch.where(spread(counted), scores, 0)  # or 0 times an infinite one is NaN
     z = scores if margin is None else scores + torch.where(q > 0, 0, margin.to(scores.dtype))
     z = z / temperature
     q = (1 - label_smoothing) * q + label_smoothing / spread(size).to(q.dtype)
     top = z.new_full((N,), -torch.inf).scatter_reduce(0, group, z.detach(), "amax")
-    log_sum = total((z - spread(top)).exp()).log()
+    log_sum = spread(total((z - spread(top)).exp()).log().to(wide)).to(z.dtype)
     # From differences to the maximum: a log-sum-exp as large as the scores would round them away.
-    loss = total(torch.where(q > 0, q * (spread(log_sum) - (z - spread(top))), 0))
+    loss = total(torch.where(q > 0, q * (log_sum - (z - spread(top))), 0))
     if center_coef:
         loss = loss + center_coef * (2 * total(scores) / size).square()
     if group_weight is not None:
@@ -107,7 +108,9 @@ def plackett_luce_loss_ref(
     # log Σ exp over a candidate and the `step` - 1 after it in its group. The gradient of
     # logaddexp(-inf, -inf) would be NaN, and so would that of a finite one beside a NaN.
     below, step = z.masked_fill(z == -torch.inf, torch.finfo(z.dtype).min), 1
-    while step < len(order):
+    # A graph cannot depend on how many there are.
+    most = 2**31 if torch.compiler.is_compiling() else len(order)
+    while step < most:
         other = (i + step).clamp(max=len(order) - 1)
         inside = (i + step < len(order)) & (group == group.index_select(0, other))
         both = torch.logaddexp(below, below.index_select(0, torch.where(inside, other, i)))

@@ -34,22 +34,19 @@ class TritonBackend:
         return reduction == "none" or center_coef != 0
 
     def score_fwd(self, *args: Any) -> Tensor:
-        return (_score_fwd_op if torch.compiler.is_compiling() else _score_fwd)(*args)
+        return _run(_score_fwd, _score_fwd_op, *args)
 
     def score_bwd(self, *args: Any) -> list[Tensor]:
-        return (_score_bwd_op if torch.compiler.is_compiling() else _score_bwd)(*args)
+        return _run(_score_bwd, _score_bwd_op, *args)
 
     def plackett_luce_fwd(self, *args: Any) -> tuple[Tensor, Tensor]:
-        run = _plackett_luce_fwd_op if torch.compiler.is_compiling() else _plackett_luce_fwd
-        return run(*args)
+        return _run(_plackett_luce_fwd, _plackett_luce_fwd_op, *args)
 
     def bradley_terry_fwd(self, *args: Any) -> tuple[Tensor, Tensor]:
-        run = _bradley_terry_fwd_op if torch.compiler.is_compiling() else _bradley_terry_fwd
-        return run(*args)
+        return _run(_bradley_terry_fwd, _bradley_terry_fwd_op, *args)
 
     def listwise_fwd(self, *args: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        run = _listwise_fwd_op if torch.compiler.is_compiling() else _listwise_fwd
-        loss, scores, *state = run(*args)
+        loss, scores, *state = _run(_listwise_fwd, _listwise_fwd_op, *args)
         _, _, _, offsets, target, _, margin, group_weight, *_ = args
         return loss, scores, (offsets, target, margin, group_weight, scores, *state)
 
@@ -59,11 +56,18 @@ class TritonBackend:
         options: tuple[float, float, float, str],
         needs_dhidden: bool, needs_dweight: bool, needs_dbias: bool,
     ) -> list[Tensor]:  # fmt: skip
-        run: Any = _listwise_bwd_op if torch.compiler.is_compiling() else _listwise_bwd
-        return run(
+        return _run(
+            _listwise_bwd, _listwise_bwd_op,
             grad, weight, chosen, *state, hidden, shape, dtype, *options,
             needs_dhidden, needs_dweight, needs_dbias,
         )  # fmt: skip
+
+
+def _run(eager: Callable[..., Any], op: Callable[..., Any], *args: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return op(*args)
+    # A lazy negation (x.conj().imag) is not in memory; for operators the dispatcher sees to that.
+    return eager(*[x.resolve_neg() if isinstance(x, Tensor) and x.is_neg() else x for x in args])
 
 
 class _Launch:

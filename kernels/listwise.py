@@ -685,7 +685,9 @@ def _listwise_bwd_kernel(
             stat = stats_ptr + g
             m = tl.load(stat, mask=ok, other=0.0)
             log_s = tl.load(stat + N, mask=ok, other=0.0)
-            p = tl.where(z == float("-inf"), 0.0, tl.exp(z - m - log_s))
+            # NaN, as the loss is, in a group whose scores are all -inf.
+            masked = (z == float("-inf")) & (m != float("-inf"))
+            p = tl.where(masked, 0.0, tl.exp(z - m - log_s))
             if SOFT:
                 p *= tl.load(stat + tl.cast(N, tl.int64) * 2, mask=ok, other=0.0)
             coef = (p - _smooth(q, size, label_smoothing, SMOOTH, ACC)) / temperature

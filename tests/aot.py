@@ -205,6 +205,13 @@ class _FakeGPU:
         return 7
 
 
+class _Forgetful(dict[Any, Any]):
+    """Of a launch that asks Triton every time."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return default
+
+
 class _Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -219,8 +226,10 @@ def _problem(
     M: int = 64, D: int = 128, *, shift: int = 0, gap: int = 0, gathered: bool = False,
     soft: bool = False, dtype: torch.dtype = torch.bfloat16, reduction: str = "mean",
     smoothing: float = 0.0, center: float = 0.0, margin: bool = False, bias: bool = True,
+    items: Tensor | None = None, needs_grad: bool = True, trained: bool = True,
 ) -> Callable[[], None]:  # fmt: skip
-    """Forward and backward of M candidates in pairs; hidden `shift` elements into its memory."""
+    """Forward and backward of M candidates in pairs; hidden `shift` elements into its memory.
+    Without `needs_grad` forward alone; the head may not be `trained`."""
     memory = torch.zeros(4 * M * (D + gap) + shift, dtype=dtype)
     hidden = memory[shift:].view(4 * M, D + gap)[:, :D][: None if gathered else M]
     weight, b = torch.zeros(1, D, dtype=dtype), torch.zeros(1, dtype=dtype) if bias else None
@@ -234,16 +243,19 @@ def _problem(
 
     def forward() -> tuple[Tensor, ...]:
         return triton_backend.listwise_fwd(
-            hidden, weight, b, offsets, target, chosen, extra, None, None, *options, True, True
-        )[2]
+            hidden, weight, b, offsets, target, chosen, extra, None, items, *options, needs_grad,
+            needs_grad and trained,
+        )[2]  # fmt: skip
 
     def backward(state: tuple[Tensor, ...]) -> None:
         triton_backend.listwise_bwd(
-            grad, weight, chosen, state, hidden, hidden.shape, dtype, options, True, True, bias
+            grad, weight, chosen, state, hidden, hidden.shape, dtype, options, True, trained, bias
         )
 
     def both() -> None:
-        backward(forward())
+        state = forward()
+        if needs_grad:
+            backward(state)
 
     both.forward, both.backward = forward, backward  # type: ignore[attr-defined]
     return both
@@ -316,14 +328,24 @@ def launches() -> None:
         "fp32": _problem(dtype=torch.float32), "none": _problem(reduction="none"),
         "smoothed": _problem(smoothing=0.1), "centred": _problem(center=0.1),
         "no bias": _problem(bias=False), "wider": _problem(D=256),
+        "alone": _problem(needs_grad=False),
+        "gathered alone": _problem(gathered=True, needs_grad=False),
+        "gathered for a fixed head": _problem(gathered=True, trained=False),
+        "centred alone": _problem(center=0.1, needs_grad=False),
+        "counted": _problem(items=torch.ones((), dtype=torch.int64)),
+        "counted in fp32": _problem(items=torch.ones(())),
         "heads": _head_problem(), "heads gathered": _head_problem(True),
         "more heads": _head_problem(E=5), "heads in bf16": _head_problem(dtype=torch.bfloat16),
         "ranking": _ranking_problem("plackett_luce"),
         "longer ranking": _ranking_problem("plackett_luce", 5000, True, 0.1, "none"),
+        "long ranking": _ranking_problem("plackett_luce", 5000),
         "ranking alone": _ranking_problem("plackett_luce", needs_coef=False),
+        "ranking centred": _ranking_problem("plackett_luce", center=0.1),
         "pairs": _ranking_problem("bradley_terry"),
         "more pairs": _ranking_problem("bradley_terry", 5000, True, 0.1, "none"),
         "pairs alone": _ranking_problem("bradley_terry", needs_coef=False),
+        "pairs centred": _ranking_problem("bradley_terry", center=0.1),
+        "more heads in bf16": _head_problem(E=5, dtype=torch.bfloat16),
     }  # fmt: skip
     cached = [x for x in vars(backend).values() if isinstance(x, backend._Launch)]
     for run in runs.values():
@@ -331,10 +353,13 @@ def launches() -> None:
     compiled = sum(len(x.compiled) for x in cached)
     ours = {name: _noted(run) for name, run in runs.items()}
     assert sum(len(x.compiled) for x in cached) == compiled
+    kept = [x.compiled for x in cached]
+    for x in cached:
+        x.compiled = _Forgetful()
     for name, run in runs.items():
-        for x in cached:
-            x.compiled.clear()
         assert _noted(run) == ours[name], name
+    for x, found in zip(cached, kept, strict=True):
+        x.compiled = found
     functions = [ours[name][0][4] for name in ("plain", "unaligned", "other stride", "wider")]
     assert len(set(functions)) == len(functions)
     assert ours["more rows"][0][4] == ours["plain"][0][4]  # another M compiles nothing

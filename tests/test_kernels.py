@@ -271,6 +271,16 @@ def test_heads_of_rows_that_are_not_there(
     assert dbias.tolist() == [5.0] * 3
 
 
+def test_the_gradient_of_a_bias_alone_is_0(poisoned: None) -> None:
+    p = on_device(make([3, 2], 5))
+    assert p.bias is not None
+    bias = p.bias.requires_grad_()
+    fastrm.listwise_loss(
+        p.hidden, p.weight, bias, offsets=p.offsets, target=p.target, backend="triton"
+    ).backward()
+    assert bias.grad is not None and bias.grad == 0
+
+
 def test_heads_without_rows_and_gradients_not_asked_for() -> None:
     leaves, _, _ = head_problem("plain", 8, 2, torch.float32)
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)

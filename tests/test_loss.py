@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,6 +289,88 @@ def test_a_group_that_is_left_out_may_hold_anything(
         found = on(p, backend).run(backend)
         for name in ("loss", "dweight", "dhidden"):
             assert torch.equal(found[name], clean[name]), (name, every)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_candidates_of_a_group_that_is_left_out(backend: str) -> None:
+    d = DEVICE[backend]
+    scores = torch.tensor([1.0, -math.inf, 0.5, 1.5], device=d, requires_grad=True)
+    loss = fastrm.listwise_loss_from_scores(
+        scores, offsets=torch.tensor([0, 2, 4], device=d),
+        target=torch.tensor([-100, 1], device=d), center_coef=0.1, backend=backend,
+    )  # fmt: skip
+    loss.backward()
+    two = scores.detach()[2:].cpu().double().requires_grad_()
+    exact = F.cross_entropy(two[None], torch.tensor([1])) + 0.1 * two.sum() ** 2
+    exact.backward()
+    expected = torch.cat([torch.zeros(2), two.grad.float()])
+    torch.testing.assert_close(scores.grad.cpu(), expected)
+    torch.testing.assert_close(loss.detach().cpu(), exact.detach().float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [-math.inf, math.inf])
+@pytest.mark.parametrize("K", [1, 3])
+def test_where_the_loss_is_no_number_its_gradient_is_none(
+    backend: str, value: float, K: int
+) -> None:
+    """So that a gradient scaler sees it; of that group alone."""
+    d = DEVICE[backend]
+    scores = torch.cat([torch.full((K,), value), torch.ones(2)]).to(d).requires_grad_()
+    loss = fastrm.listwise_loss_from_scores(
+        scores, offsets=torch.tensor([0, K, K + 2], device=d),
+        target=torch.tensor([0, 1], device=d), backend=backend,
+    )  # fmt: skip
+    loss.backward()
+    assert loss.isnan() and scores.grad[0].isnan()
+    torch.testing.assert_close(scores.grad[K:].cpu(), torch.tensor([0.25, -0.25]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("which", ["hidden", "weight", "margin", "group_weight", "grad"])
+def test_tensors_that_are_negated_lazily(backend: str, which: str) -> None:
+    """As x.conj().imag is: a real tensor whose memory holds the opposite."""
+    p = make([2, 4, 1], 8, margin=True, group_weight=True, reduction="none").to(torch.float32)
+    p, grad = on(p, backend), torch.tensor([0.5, 2.0, 1.0], device=DEVICE[backend])
+
+    def run(lazily: bool) -> list[torch.Tensor]:
+        def view(name: str, x: torch.Tensor) -> torch.Tensor:
+            return torch._neg_view(-x) if lazily and name == which else x
+
+        leaves = [p.hidden.clone().requires_grad_(), p.weight.clone().requires_grad_()]
+        loss = fastrm.listwise_loss(
+            view("hidden", leaves[0]), view("weight", leaves[1]), offsets=p.offsets,
+            target=p.target, reduction="none", backend=backend,
+            margin=view("margin", p.options["margin"]),
+            group_weight=view("group_weight", p.options["group_weight"]),
+        )  # fmt: skip
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, view("grad", grad))]
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_smoothed_gradients_of_large_groups_are_as_exact_as_eager(backend: str) -> None:
+    d, K = DEVICE[backend], 2000
+    scores = torch.randn(K, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros(1, dtype=torch.int64)
+
+    def gradient(loss: Any, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(x), x)[0].cpu()
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(x[None], target, label_smoothing=0.1)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return fastrm.listwise_loss_from_scores(
+            x, offsets=torch.tensor([0, K], device=d), target=target.to(d), label_smoothing=0.1,
+            backend=backend,
+        )  # fmt: skip
+
+    exact = gradient(eager, scores.double())
+    assert error(gradient(ours, scores.to(d)), exact) <= 3 * error(gradient(eager, scores), exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -594,8 +677,13 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("weights size", {"group_weight": torch.ones(5)}, ValueError, r"group_weight .*\(2,\)"),
     ("weights nan", {"group_weight": torch.tensor([1, math.nan])}, ValueError, r"weight\[1\]"),
     ("temperature", {"temperature": 0.0}, ValueError, "temperature must be .* above 0"),
-    ("tensors", {"temperature": torch.tensor(1.0)}, ValueError, "temperature must be a finite num"),
-    ("tensor", {"center_coef": torch.tensor(0.0)}, ValueError, "center_coef must be a finite num"),
+    ("tensors", {"temperature": torch.tensor(1.0)}, TypeError, "temperature must be a Python floa"),
+    ("tensor", {"center_coef": torch.tensor(0.0)}, TypeError, "center_coef .* got Tensor"),
+    ("numpy", {"temperature": np.float32(2)}, TypeError, "temperature .* got float32"),
+    ("flag", {"label_smoothing": True}, TypeError, "label_smoothing .* got bool"),
+    ("huge", {"center_coef": 10**400}, ValueError, "center_coef must be a finite number"),
+    ("sparse", {"hidden": torch.ones(5, 4).to_sparse()}, TypeError, "hidden must be dense"),
+    ("sparse offsets", {"offsets": torch.tensor([0, 2, 5]).to_sparse()}, TypeError, "offsets must"),
     ("smoothing", {"label_smoothing": 1.5}, ValueError, "label_smoothing must be .* 0 to 1"),
     ("centring", {"center_coef": -1.0}, ValueError, "center_coef must be"),
     ("reduction", {"reduction": "avg"}, ValueError, 'reduction must be "mean", "sum" or "none"'),
@@ -603,6 +691,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("items type", {"num_items_in_batch": 1.5}, TypeError, "num_items_in_batch must be an int"),
     ("items value", {"num_items_in_batch": torch.tensor(0)}, ValueError, "num_items_in_batch must"),
     ("backend", {"backend": "cuda"}, ValueError, 'backend must be "triton", "cpp", "torch"'),
+    ("no backend", {"backend": ""}, ValueError, 'backend must be "triton", "cpp", "torch"'),
 ]
 
 
@@ -638,8 +727,11 @@ def test_offsets_helpers_agree(sizes: list[int]) -> None:
         (lambda: fastrm.offsets_from_sizes([2, 0, 1]), r"sizes\[1\] is 0"),
         (lambda: fastrm.offsets_from_sizes(torch.ones(2, 2, dtype=torch.int64)), "one-dimensional"),
         (lambda: fastrm.offsets_from_ids([4, 4, 1, 4]), "id 4 in separate places"),
+        (lambda: fastrm.offsets_from_sizes(3), "sizes must be integers, got 3"),
+        (lambda: fastrm.offsets_from_sizes([10**30]), "sizes must be integers"),
+        (lambda: fastrm.offsets_from_ids(["a", "b"]), "group_ids must be integers"),
     ],
 )
 def test_offsets_helpers_refuse(call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()

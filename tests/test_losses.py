@@ -198,6 +198,23 @@ def test_labelled_pairs(backend: str, reduction: str) -> None:
         torch.testing.assert_close(got[name], x, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labelled_pairs_of_a_part_of_a_step_at_a_temperature(backend: str) -> None:
+    args = ranking("bradley_terry", [3, 2], 5, temperature=0.4, num_items_in_batch=7)
+    del args["ranks"]
+    args["pairs"] = pairs = torch.tensor([[0, 1], [2, 0], [4, 3]])
+    args["margin"] = margin = torch.tensor([0.1, 2.0, 0.5])
+
+    def expected(a: dict[str, Any]) -> Tensor:
+        won, lost = (a["hidden"] @ a["weight"] + a["bias"])[pairs].T
+        each = -F.logsigmoid((won - lost - margin) / 0.4)
+        return (each[:2].mean() + each[2]) / 7
+
+    got, exact = run(call("bradley_terry", backend), args, backend), run(expected, args)
+    for name, x in exact.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_candidate_of_many_labelled_pairs(dtype: torch.dtype) -> None:
     """Its gradient has as many terms, which are not added up in the scores' type."""
@@ -266,6 +283,43 @@ def test_an_ensemble_is_the_mean_of_its_heads(backend: str, loss: str, reduction
     got, exact = run(together, args, backend), run(apart, args)
     for name, x in exact.items():
         torch.testing.assert_close(got[name], x, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_labelled_pairs_of_an_ensemble_are_compared_by_every_head(reduction: str) -> None:
+    args = ranking("bradley_terry", [3, 2, 1, 4], 5, group_weight=True, reduction=reduction)
+    del args["ranks"]
+    args |= {"pairs": torch.tensor([[0, 1], [0, 2], [4, 3], [7, 6]]), "center_coef": 0.2,
+             "margin": torch.tensor([0.1, 0.0, 2.0, 0.5])}  # fmt: skip
+    g = torch.Generator().manual_seed(4)
+    weight, bias = (torch.randn(3, *D, generator=g, dtype=torch.float64) for D in ((5,), ()))
+
+    def apart(a: dict[str, Any]) -> Tensor:
+        heads = zip(a.pop("weight"), a.pop("bias"), strict=True)
+        parts = [fastrm.bradley_terry_loss(**a, weight=w, bias=b) for w, b in heads]
+        return torch.stack(parts).mean(0)
+
+    mine = args | {"weight": weight, "bias": bias}
+    got = run(lambda a: fastrm.bradley_terry_loss(**a), mine)
+    for name, x in run(apart, mine).items():
+        torch.testing.assert_close(got[name], x, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("items", [7, torch.tensor(3.0)])
+@pytest.mark.parametrize("loss", ["listwise", *LOSSES])
+def test_an_ensemble_is_divided_by_the_groups_of_the_whole_step(loss: str, items: Any) -> None:
+    args = ranking(loss, [3, 1, 5], 6)
+    ranks = args.pop("ranks")
+    args |= {"target": torch.tensor([2, 0, 0])} if loss == "listwise" else {"ranks": ranks}
+    function = getattr(fastrm, f"{loss}_loss")
+    E, g = 3, torch.Generator().manual_seed(4)
+    args |= {"weight": torch.randn(E, 6, generator=g, dtype=torch.float64), "bias": None}
+    for backend in ("torch", "cpp"):
+        found = function(**args, num_items_in_batch=items, backend=backend)
+        exact = function(**args, reduction="sum", backend="torch") / float(items)
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+        parts = [function(**args | {"weight": w}, reduction="sum") for w in args["weight"]]
+        torch.testing.assert_close(found, sum(parts) / E / float(items), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -339,6 +393,8 @@ def test_targets_from_labels_and_scores() -> None:
     soft = fastrm.target_from_scores(labels.double(), offsets)
     torch.testing.assert_close(soft[:3], labels[:3].double().softmax(0))
     assert soft[3] == 1
+    positions = fastrm.position_weight_from_ranks(torch.tensor([1, -1, 0, 5]), offsets)
+    assert positions.tolist() == [0.25, 0, 0.75, 0]  # 2^(3-p) - 1 of 4, and 0 of a group of one
     with pytest.raises(ValueError, match=r"labels\[1\]"):
         fastrm.target_from_labels(torch.tensor([1, -1, 0, 1]), offsets)
     with pytest.raises(ValueError, match="group 1"):
@@ -474,6 +530,55 @@ def test_bad_pairs_are_no_number_where_values_are_not_looked_at(pair: list[int])
     torch.testing.assert_close(compiled(torch.tensor([[0, 1]])), loss(torch.tensor([[0, 1]])))
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"margin": torch.ones(5)}, "margin must be None with teacher_scores"),
+        ({"distillation_coef": 0.0}, "distillation_coef must be a finite number above 0, got 0.0"),
+        ({"distillation_coef": math.inf}, "distillation_coef must be a finite number above 0"),
+        ({"teacher_scores": torch.full((5,), torch.inf)}, r"teacher_scores\[0\]"),
+        ({"teacher_scores": torch.ones(4)}, r"teacher_scores must have shape \(5,\)"),
+        ({"teacher_scores": None, "target": None}, "target may be None only with teacher_scores"),
+    ],
+)
+def test_bad_arguments_beside_a_teacher(change: dict[str, Any], says: str) -> None:
+    args: dict[str, Any] = dict(
+        offsets=torch.tensor(OFFSETS), target=torch.tensor([1, 2]), teacher_scores=torch.ones(5)
+    )  # fmt: skip
+    fastrm.listwise_loss(HIDDEN, torch.ones(4), **args)
+    with pytest.raises(ValueError, match=says):
+        fastrm.listwise_loss(HIDDEN, torch.ones(4), **args | change)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_hidden_states_and_heads_are_differentiated(backend: str, heads: int) -> None:
+    d = DEVICE[backend]
+    hidden, weight = HIDDEN.to(d), torch.ones(heads, 4, device=d).requires_grad_()
+    each, group, pair, items = (torch.rand(n, device=d, requires_grad=True) for n in (5, 2, 3, ()))
+    offsets, ranks = torch.tensor(OFFSETS, device=d), torch.arange(5, device=d)
+    target = torch.tensor([0.5, 0.5, 1.0, 0.0, 0.0], device=d).requires_grad_()
+    calls: list[tuple[Any, dict[str, Any]]] = [
+        (fastrm.listwise_loss, dict(target=target, margin=each)),
+        (fastrm.listwise_loss, dict(target=target, teacher_scores=each)),
+        (fastrm.listwise_loss, dict(target=None, teacher_scores=each)),
+        (fastrm.plackett_luce_loss, dict(ranks=ranks, position_weight=each)),
+        (fastrm.bradley_terry_loss, dict(ranks=ranks, margin=each)),
+        (fastrm.bradley_terry_loss, dict(
+            pairs=torch.tensor([[0, 1], [2, 3], [2, 4]], device=d), margin=pair
+        )),
+    ]  # fmt: skip
+    for function, options in calls:
+        loss, scores = function(
+            hidden, weight, offsets=offsets, group_weight=group, num_items_in_batch=items,
+            return_scores=True, backend=backend, **options,
+        )  # fmt: skip
+        assert not scores.requires_grad
+        loss.backward()
+        assert all(x.grad is None for x in (each, group, pair, items, target)), options
+    assert weight.grad is not None
+
+
 def test_small_integers_do_not_wrap() -> None:
     scores = torch.randn(200, generator=torch.Generator().manual_seed(0))
     offsets = torch.tensor([0, 200])
@@ -498,6 +603,19 @@ def test_small_integers_do_not_wrap() -> None:
     loss = fastrm.listwise_loss_from_scores(heads, num_items_in_batch=items, **args)
     exact = fastrm.listwise_loss_from_scores(heads, num_items_in_batch=200, **args)
     torch.testing.assert_close(loss, exact)
+
+
+@pytest.mark.parametrize("target", [[3, -100], None])
+def test_a_teachers_loss_is_divided_by_the_groups_of_the_whole_step(target: Any) -> None:
+    scores, teacher = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).double()
+    options: dict[str, Any] = dict(
+        offsets=torch.tensor([0, 5, 8]), teacher_scores=teacher,
+        target=None if target is None else torch.tensor(target),
+    )  # fmt: skip
+    total = fastrm.listwise_loss_from_scores(scores, reduction="sum", **options)
+    for items in (7, torch.tensor(7)):
+        ours = fastrm.listwise_loss_from_scores(scores, num_items_in_batch=items, **options)
+        torch.testing.assert_close(ours, total / 7, rtol=1e-12, atol=0)
 
 
 def test_label_smoothing_leaves_the_teacher_as_it_is() -> None:
@@ -558,12 +676,14 @@ def test_a_score_that_is_no_number_stays_in_its_group(loss: str, backend: str) -
 def test_the_unranked_are_below_the_largest_rank(loss: str, backend: str) -> None:
     function = getattr(fastrm, f"{loss}_loss_from_scores")
     x = torch.arange(3.0, device=DEVICE[backend])
-    found = [
-        function(x, offsets=torch.tensor([0, 3], device=x.device), backend=backend,
-                 ranks=torch.tensor([0, last, -1], device=x.device))
-        for last in (1, 2**63 - 1)
-    ]  # fmt: skip
-    assert found[0] == found[1]
+    for best, middle, unranked in ((0, 1, 2), (2, 1, 0)):  # wherever they stand
+        found = []
+        for last in (1, 2**63 - 1):
+            ranks = torch.empty(3, dtype=torch.int64)
+            ranks[best], ranks[middle], ranks[unranked] = 0, last, -1
+            found.append(function(x, offsets=torch.tensor([0, 3], device=x.device),
+                                  ranks=ranks.to(x.device), backend=backend))  # fmt: skip
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
@@ -583,12 +703,16 @@ def test_the_reference_compiles_whole(loss: str) -> None:
     def function(hidden: Tensor, weight: Tensor, offsets: Tensor, ranks: Tensor) -> Tensor:
         return LOSSES[loss](hidden, weight, offsets=offsets, ranks=ranks, backend="torch")
 
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    for seed, sizes in enumerate([[2, 3, 4], [5, 2], [1, 1, 7, 3], [11, 2, 2], [3, 600]]):
-        args = ranking(loss, sizes, 6, seed, bias=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for seed, last in enumerate([4, 2, 7, 20, 40, 80, 160, 600]):
+        args = ranking(loss, [2, 3, last], 6, seed, bias=False)
         inputs = [args[k] for k in ("hidden", "weight", "offsets", "ranks")]
         torch.testing.assert_close(compiled(*inputs), function(*inputs), rtol=1e-12, atol=1e-12)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
