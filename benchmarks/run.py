@@ -401,6 +401,8 @@ class Progress:
 
     def begin(self, what: str) -> None:
         self.what, self.started = what, time.perf_counter()
+        if self.bar is None:
+            print(f"[{self.number + 1}/{self.total}] {what}", end="", file=sys.stderr, flush=True)
 
     def step(self, text: str) -> None:
         if self.bar is not None:
@@ -412,4 +414,4 @@ class Progress:
             self.bar.update()
             return
         seconds = time.perf_counter() - self.started
-        print(f"[{self.number}/{self.total}] {self.what}: {seconds:.0f} s", file=sys.stderr)
+        print(f": {seconds:.0f} s", file=sys.stderr, flush=True)

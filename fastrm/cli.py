@@ -15,6 +15,7 @@ import logging
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -138,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     # PEFT imports it, and it warns of a kernel that nothing here asks for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # The option has another name in new versions, and this one in old ones.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
     arguments = [_kebab(a) for a in (sys.argv[1:] if argv is None else argv)]
     prog = "fastrm"
     try:
@@ -244,7 +247,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     verify.add_argument("--json", metavar="F", help="also write everything found to this file")
     for p in (score, evaluate):
         p.add_argument("--model", required=True, metavar="DIR", help="a trained model")
-        batch, length = "groups at a time (16)", "tokens of a prompt with one candidate (model's)"
+        batch = "groups at a time (16)"
+        length = "tokens of a prompt with one candidate (as many as the model reads)"
         p.add_argument("--batch-size", type=_positive, default=16, metavar="N", help=batch)
         p.add_argument("--max-length", type=_positive, metavar="N", help=length)
         p.add_argument("--layout", default="auto", metavar="L", help=f"{LAYOUTS} (auto)")
@@ -516,6 +520,9 @@ def _train(parser: Parser, args: argparse.Namespace, rest: Sequence[str]) -> Non
     if resume and not (Path(resume) / "trainer_state.json").is_file():
         raise UserError(f"--resume-from-checkpoint {resume}: expected a checkpoint, such as "
                         f"{output}/checkpoint-500, with its trainer_state.json")  # fmt: skip
+    if not resume and (before := sorted(p.name for p in output.glob("checkpoint-*"))):
+        log.warning("%s has checkpoints of another run, such as %s: these stay, beside its own",
+                    output, before[0])  # fmt: skip
     _check_backend(given.get("backend"))
     with _quiet():
         try:
@@ -583,7 +590,9 @@ def _save(
             entries = [e for e in state.log_history if "eval_loss" in e]
         names = ("accuracy", "loss", "margin", "reward", "p_best")
         found["eval"] = {name: entries[-1][f"eval_{name}"] for name in names}
-        found["eval"] |= {**baselines(eval_rows), "left_out": trainer.eval_dataset.dropped}
+        examples = trainer.eval_dataset
+        read = baselines([eval_rows[n] for n in examples.rows])
+        found["eval"] |= {**read, "left_out": examples.dropped}
     found["train"] = {"steps": state.global_step, "epochs": state.epoch, "seconds": seconds}
     found["environment"] = environment()
     found["log"] = state.log_history
@@ -597,7 +606,7 @@ def _save(
 def _score(args: argparse.Namespace) -> None:
     from fastrm.evaluate import best_of_n, chosen, normalization, score_rows
 
-    rows = read_rows("/dev/stdin" if args.input == "-" else args.input, labelled=False)
+    rows = read_rows(_stdin(args.input), labelled=False)
     if args.output != "-":
         if Path(args.output).suffix.lower() in (".csv", ".tsv", ".parquet"):
             raise UserError(f"--output is written as JSON lines, got {args.output}")
@@ -633,7 +642,7 @@ def _score(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from fastrm.evaluate import assess, report, save_normalization, score_rows, scored
 
-    rows = read_rows(args.file)
+    rows = read_rows(_stdin(args.file))
     if args.json:
         _touch(Path(args.json))
     output = _directory(args.output_dir) if args.output_dir else None
@@ -703,7 +712,7 @@ def _data_check(args: argparse.Namespace) -> int:
         _touch(Path(args.json))
     options = _counting(args.model, args.max_length) if args.model else {}
     with _quiet() if args.model else nullcontext():
-        found, lengths = check_data(args.file, progress=sys.stderr.isatty(), **options)
+        found, lengths = check_data(_stdin(args.file), progress=sys.stderr.isatty(), **options)
     print(report(found))
     if args.json:
         _write(Path(args.json), json.dumps(found, indent=2) + "\n")
@@ -985,8 +994,14 @@ def _steps_done(checkpoint: str) -> int:
     return int(state["global_step"])
 
 
+def _stdin(name: str) -> str:
+    return "/dev/stdin" if name == "-" else name
+
+
 def _touch(path: Path) -> None:
     """Fail now if the file cannot be written; what it holds stays."""
+    if str(path) == "-":
+        raise UserError("expected a file to write to, got -: what is printed is for reading")
     try:
         with path.open("a"):
             pass

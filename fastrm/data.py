@@ -37,8 +37,9 @@ class Example(TypedDict):
 
 
 class Examples(list[Example]):
-    """Tokenised groups, and how many were left out because a candidate alone does not fit."""
+    """Tokenised groups; which rows they are of, and how many rows have a candidate too long."""
 
+    rows: Sequence[int] = ()
     dropped = 0
 
 
@@ -97,6 +98,9 @@ def to_row(raw: Any, where: str, labelled: bool = True) -> Row:
         DataError: "WHERE: column 'x': expected ..., got ...".
     """
     row = formats.convert(raw, where)
+    best = row.get("best")
+    if isinstance(best, float) and best.is_integer():  # as pandas writes a column that has gaps
+        row = row | {"best": int(best)}
     _check_row(row, where, labelled)
     return row
 
@@ -186,13 +190,10 @@ def tokenize_rows(
     tokenizer: Any, rows: Iterable[Row], max_length: int | None, pairs: bool
 ) -> Examples:
     """All rows as `Examples`; those that do not fit are left out and counted."""
-    examples = Examples()
-    for row in rows:
-        example = tokenize_row(tokenizer, row, max_length, pairs)
-        if example is None:
-            examples.dropped += 1
-        else:
-            examples.append(example)
+    found = [tokenize_row(tokenizer, row, max_length, pairs) for row in rows]
+    examples = Examples(example for example in found if example is not None)
+    examples.rows = [n for n, example in enumerate(found) if example is not None]
+    examples.dropped = len(found) - len(examples)
     return examples
 
 

@@ -6,6 +6,7 @@ A row is `{"prompt", "candidates", "best"}`, see `fastrm.data`. Letters: N group
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from fastrm import packing
 from fastrm.data import DataError, RaggedCollator, row_target, tokenize_row
 
 Row = Mapping[str, Any]
+log = logging.getLogger("fastrm")
+
 SUBSET_COLUMNS = ("subset", "source")
 BINS = 10
 
@@ -41,7 +44,7 @@ def score_rows(
         rows: checked rows, see `fastrm.data.read_rows`; they need no `best`.
         batch_size: groups at a time. Groups of similar length go together.
         max_length: tokens of a prompt with one candidate, never more than the model reads. A longer
-            prompt is cut at its left.
+            prompt is cut at its left, and a warning says how many were.
         layout: one of `fastrm.packing.LAYOUTS`; auto: for each batch the cheapest.
         progress: show a progress bar on stderr.
 
@@ -59,6 +62,7 @@ def score_rows(
     cost = packing.Cost.of(model)
     collate = RaggedCollator(tokenizer.pad_token_id, not pairs, layouts, cost)
     rewards: list[list[float] | None] = [None] * len(rows)
+    cut = 0
     was_training = model.training
     model.eval()
     try:
@@ -68,6 +72,7 @@ def score_rows(
             for chunk in _by_length(rows, 64 * batch_size, batch_size):
                 found = [(n, tokenize_row(tokenizer, dict(rows[n]), limit, pairs)) for n in chunk]
                 fits = [(n, example) for n, example in found if example is not None]
+                cut += sum(example["cut"] for _, example in fits)
                 if fits:
                     batch = collate([example for _, example in fits])
                     batch = packing.to_device(batch, model.device)
@@ -79,6 +84,8 @@ def score_rows(
                 bar.update(len(chunk))
     finally:
         model.train(was_training)
+    if cut:
+        log.warning("%d prompts cut at the left, to %d tokens with a candidate", cut, limit)
     return rewards
 
 
@@ -518,8 +525,8 @@ def report(m: Mapping[str, Any], where: str) -> str:
         f"accuracy: {m['accuracy']:.3f}  {where}, {m['n']} groups",
         f"chance:   {m['chance']:.3f}  (a random candidate)",
         f"longest:  {m['longest']:.3f}  (the longest candidate)",
-        f"loss:     {m['loss']:.4f}" + ("  (as trained: its kind, temperature, weights, margins)"
-                                        if "p_best" in m else ""),
+        f"loss:     {m['loss']:.4f}  " + ("(as trained: its kind, temperature, weights, margins)"
+                                         if "p_best" in m else "(softmax cross entropy)"),
         f"margin:   {m['margin']:.3f}  (reward of the best minus the highest of the others)",
     ]
     if "mrr" in m:

@@ -207,6 +207,21 @@ def _sentence_transformers(row: Row, where: str) -> Row:
     return {"prompt": prompt, "candidates": candidates, **_target(values)}
 
 
+def _negatives(row: Row, where: str) -> Row:
+    """The first other column of text, then `positive`, and `negative` or `negative_1`, ..."""
+    columns = [name for name in row if re.fullmatch(r"negative(_\d+)?", name)]
+    names = [name for name in columns if row[name] not in (None, "")] or ["negative"]
+    prompt = next((name for present in _present(row) for name, value in present.items()
+                   if is_text(value) and name not in ("positive", *columns)), "anchor")  # fmt: skip
+    found = {
+        "prompt": text(row, prompt, where),
+        "candidates": [text(row, name, where) for name in ("positive", *names)], "best": 0,
+    }  # fmt: skip
+    for name in (prompt, "positive", *columns):
+        del row[name]
+    return found
+
+
 def _by_order(present: Row) -> list[str] | None:
     """Names of the columns text, texts and labels, which sentence-transformers tells by order.
 
@@ -243,6 +258,8 @@ FORMATS = (
     Format("Tevatron", "query, positive_passages, negative_passages",
            ("positive_passages", "negative_passages"), _tevatron),
     SENTENCE_TRANSFORMERS,
+    Format("sentence-transformers triplet", "anchor, positive, negative or negative_1, ...",
+           ("positive",), _negatives),
 )  # fmt: skip
 KNOWN = "; ".join(f"{f.name}: {f.columns}" for f in FORMATS)
 _GIVEN = {"prompt", "candidates", "best", "labels", "ranks", "teacher_scores"}  # by a conversion

@@ -207,8 +207,9 @@ def attach_head(model: nn.Module) -> RewardHead:
     if len(found) != 1:
         names = ", ".join(name for name, _ in found)
         raise ValueError(
-            f"model must have one linear layer with a single output (num_labels=1), but "
-            f"{type(model).__name__} has {len(found)}{': ' * bool(names)}{names}"
+            f"model must have one linear layer with a single output (num_labels=1), but this "
+            f"{type(model).__name__} has {len(found)} such{': ' * bool(names)}{names}; "
+            "fastrm.load_reward_model makes one from a path"
         )
     name, linear = found[0]
     if isinstance(linear, RewardHead):

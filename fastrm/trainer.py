@@ -103,7 +103,9 @@ class RewardConfig(TrainingArguments):
     early_stopping_patience: int | None = _option(
         None,
         "Stop when this many evaluations in a row (without an evaluation set: logs of the training "
-        "loss) bring no improvement. With a large num_train_epochs: train until convergence.",
+        "loss) bring no improvement of the loss, or of metric_for_best_model. With a large "
+        "num_train_epochs: train until convergence. The result is the last model, or with "
+        "load_best_model_at_end the best one.",
     )
     early_stopping_threshold: float = _option(
         0.0, "Improvements up to this size do not count for early stopping."
@@ -284,6 +286,7 @@ class RewardTrainer(Trainer):
         self._pairs = is_encoder(model)
         self._model_config = model.config
         self._tokenizer = processing_class
+        self._vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
         self._loss, self._distils = args.loss, args.distillation_coef > 0
         if train_dataset is not None:
             train_dataset = self._tokenized(train_dataset, "train_dataset")
@@ -315,7 +318,7 @@ class RewardTrainer(Trainer):
         if args.early_stopping_patience is not None:
             stop = (args.early_stopping_patience, args.early_stopping_threshold)
             evaluates = args.eval_strategy != IntervalStrategy.NO
-            own.append(EarlyStoppingCallback(*stop) if evaluates else _StopOnPlateau(*stop))
+            own.append(_StopEarly(*stop) if evaluates else _StopOnPlateau(*stop))
         super().__init__(
             model=model,
             args=args,
@@ -352,6 +355,10 @@ class RewardTrainer(Trainer):
         if not examples:
             raise ValueError(f"{name}: no group is left, every one has a candidate of more than "
                              f"{self._max_tokens} tokens")  # fmt: skip
+        largest = max(int(ids.max()) for e in examples for ids in e["input_ids"])
+        if self._vocabulary is not None and largest >= self._vocabulary:
+            raise ValueError(f"{name}: the tokenizer gives token {largest}, and the model knows "
+                             f"{self._vocabulary}: the two do not belong together")  # fmt: skip
         if name.startswith("eval"):
             log.info("%s: %d groups; %s", name, len(examples), self._said_of_length(examples))
         return examples
@@ -725,6 +732,21 @@ class _LogLastStep(TrainerCallback):
     ) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
+
+
+class _StopEarly(EarlyStoppingCallback):
+    """Says which evaluation was best: training ends with that model only where it is asked to."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        best = state.best_global_step
+        if best and best < state.global_step and not args.load_best_model_at_end:
+            log.info(
+                "ended at step %d; %s was best at step %d, %.4f: load_best_model_at_end, with "
+                "save_strategy and save_steps as for evaluation, ends with that model",
+                state.global_step, args.metric_for_best_model, best, state.best_metric,
+            )  # fmt: skip
 
 
 class _StopOnPlateau(TrainerCallback):

@@ -108,6 +108,48 @@ def test_evaluate_agrees_with_train(here, trained):
         assert found.get(name, value) == pytest.approx(value, abs=1e-4)
 
 
+def test_what_does_not_fit_is_counted_nowhere_and_said(here, trained):
+    """Of those left out nothing is in a number; cut prompts are counted, by every command."""
+    long = {"prompt": "red", "candidates": ["red " * 40, "blue"], "best": 1}
+    cut = {"prompt": "green " * 40, "candidates": ["red", "blue", "pink", "white"], "best": 0}
+    rows = [*ROWS[:5], long, cut]
+    (here / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(here, "train", "--model", "tiny", "--train-file", "rows.jsonl", "--eval-file",
+               "long.jsonl", "--output-dir", "left", "--max-steps", "2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((here / "left" / "metrics.json").read_text())["eval"]
+    kept = [row for row in rows if row is not long]
+    assert (found["n"], found["left_out"]) == (6, 1)
+    assert found["chance"] == pytest.approx(sum(1 / len(r["candidates"]) for r in kept) / 6)
+    done = run(here, "evaluate", "--model", "left", "--file", "-", "--json", "left.json",
+               input=(here / "long.jsonl").read_text())  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = json.loads((here / "left.json").read_text())
+    assert {k: again[k] for k in ("n", "chance", "longest", "left_out")} == {
+        k: found[k] for k in ("n", "chance", "longest", "left_out")
+    }
+    assert again["accuracy"] == pytest.approx(found["accuracy"])
+    assert "1 prompts cut at the left, to 32 tokens" in done.stderr
+    done = run(here, "score", "--model", "left", "--input", "long.jsonl")
+    assert "1 prompts cut at the left, to 32 tokens" in done.stderr
+
+
+def test_another_runs_checkpoints_and_the_best_evaluation_are_said(here):
+    again = ("train", "--model", "tiny", "--train-file", "rows.jsonl", "--eval-file", "rows.jsonl",
+             "--output-dir", "twice", "--save-steps", "2", "--seed", "3", "--eval-steps", "1",
+             "--eval-strategy", "steps", "--early-stopping-patience", "1", "--max-steps", "20",
+             "--learning-rate", "0.5")  # fmt: skip
+    done = run(here, *again)
+    assert done.returncode == 0 and "of another run" not in done.stderr, done.stderr
+    log = json.loads((here / "twice" / "metrics.json").read_text())["log"]
+    losses = {e["step"]: e["eval_loss"] for e in log if "eval_loss" in e}
+    best, last = min(losses, key=losses.get), max(losses)
+    assert best < last < 20
+    assert f"ended at step {last}; loss was best at step {best}, {losses[best]:.4f}" in done.stderr
+    done = run(here, *again)
+    assert "twice has checkpoints of another run, such as checkpoint-2" in done.stderr
+
+
 def test_score_and_its_scores_are_those_of_evaluate(here, trained):
     unlabelled = [{k: v for k, v in row.items() if k != "best"} | {"id": "ü"} for row in ROWS]
     text = "".join(json.dumps(row) + "\n" for row in unlabelled)
@@ -299,6 +341,16 @@ def test_a_mistake_leaves_the_output_file_alone(here, monkeypatch, capsys):
     name, model = str(file), str(here / "no-model")
     assert cli.main(["score", "--model", model, "--input", name, "--output", name]) == 2
     assert "no-model" in capsys.readouterr().err and file.read_text() == before
+
+
+def test_standard_input_and_no_standard_output(here, trained, capsys, monkeypatch):
+    monkeypatch.chdir(here)
+    text = (here / "rows.jsonl").read_text()
+    done = run(here, "data", "check", "-", input=text)
+    assert done.returncode == 0 and "48" in done.stdout, done.stderr
+    assert cli.main(["evaluate", "--model", "out", "--file", "rows.jsonl", "--json", "-"]) == 2
+    assert "expected a file to write to, got -" in capsys.readouterr().err
+    assert not (here / "-").exists()
 
 
 def test_a_mistake_in_a_process_of_its_own(here):

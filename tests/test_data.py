@@ -25,6 +25,11 @@ def without(column):
     return {k: v for k, v in GOOD.items() if k != column}
 
 
+def test_a_best_that_pandas_wrote():
+    (row,) = check_rows([GOOD | {"best": 1.0}])
+    assert row["best"] == 1 and type(row["best"]) is int
+
+
 def test_labels_and_best_must_agree():
     row = {"prompt": "p", "candidates": ["a", "b", "c"], "labels": [1, 3, 3]}
     check_rows([{**row, "best": 1}, {**row, "best": 2}])
@@ -40,7 +45,7 @@ BAD = [
     (GOOD | {"best": 3}, "column 'best': expected an integer from 0 to 2", "got 3"),
     (GOOD | {"best": -1}, "column 'best'", "got -1"),
     (GOOD | {"best": True}, "column 'best'", "got True"),
-    (GOOD | {"best": 1.0}, "column 'best'", "got 1.0"),
+    (GOOD | {"best": 1.5}, "column 'best'", "got 1.5"),
     (GOOD | {"best": "1"}, "column 'best'", "got '1'"),
     (GOOD | {"candidates": []}, "column 'candidates': expected a list of at least one", "got []"),
     (GOOD | {"candidates": "abc"}, "column 'candidates'", "got 'abc'"),
@@ -161,8 +166,18 @@ def test_no_sequence_ends_in_padding():
     row = {"prompt": "p", "candidates": ["a", "b<eos>", "<eos><eos>"], "best": 0}
     example = tokenize_row(tokenizer, row, None, pairs=False)
     assert [tokenizer.decode(ids) for ids in example["input_ids"]] == ["pa", "pb", "p"]
+    row = {"prompt": "p<eos>", "candidates": ["a", ""], "best": 0}  # a prompt may, before an answer
+    example = tokenize_row(tokenizer, row, None, pairs=False)
+    assert [tokenizer.decode(ids) for ids in example["input_ids"]] == ["pa", "p"]
     with pytest.raises(DataError, match="at least one token"):
         tokenize_row(tokenizer, {"prompt": "", "candidates": [""], "best": 0}, None, pairs=False)
+
+
+def test_a_candidate_that_ends_in_eos_gets_no_second_one():
+    tokenizer = make_tokenizer()
+    row = {"prompt": "p", "candidates": ["a<eos>", "a", ""], "best": 0}
+    ended, plain, empty = tokenize_row(tokenizer, row, None, pairs=False)["input_ids"]
+    assert ended.tolist() == plain.tolist() and tokenizer.decode(empty) == "p<eos>"
 
 
 def test_only_the_prompt_is_cut_and_only_at_its_left():
@@ -203,6 +218,8 @@ def test_encoder_reads_pairs(minilm):
         "[CLS] three four [SEP] seven [SEP]",
     ]
     assert cut["cut"] and cut["token_type_ids"][1].tolist() == [0] * 4 + [1] * 2
+    bare = tokenize_row(tokenizer, row, 5, pairs=True)  # all of the prompt, and no more
+    assert tokenizer.decode(bare["input_ids"][0]) == "[CLS] [SEP] five six [SEP]"
     assert tokenize_row(tokenizer, row, 4, pairs=True) is None
 
 
@@ -219,6 +236,22 @@ def test_messages_go_through_the_chat_template_once():
     assert shared == "<user>hi\n<assistant>"
     with pytest.raises(DataError, match="chat template"):
         tokenize_row(make_tokenizer(), {"prompt": said, "candidates": ["a"]}, None, pairs=False)
+
+
+@pytest.mark.parametrize("template, shared", [
+    ("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+     "{% if add_generation_prompt %}<assistant><think>{% endif %}", "<user>hi\n"),
+    ("{% for m in messages %}<{{ m.role }}>{{ m.content if loop.last }}\n{% endfor %}", ""),
+], ids=["a generation prompt that answers lack", "earlier turns are rewritten"])  # fmt: skip
+def test_the_shared_start_is_what_all_texts_begin_with(template, shared):
+    tokenizer = make_tokenizer(template=template)
+    said = [{"role": "user", "content": "hi"}]
+    row = {"prompt": said, "candidates": ["no", "yes"], "best": 0}
+    example = tokenize_row(tokenizer, row, None, pairs=False)
+    for ids, text in zip(example["input_ids"], row["candidates"], strict=True):
+        whole = [*said, {"role": "assistant", "content": text}]
+        assert tokenizer.decode(ids) == tokenizer.apply_chat_template(whole, tokenize=False)
+    assert tokenizer.decode(example["input_ids"][0][: example["prompt_length"]]) == shared
 
 
 def test_collator_by_hand():
@@ -262,6 +295,9 @@ def test_ranks_and_teacher_scores_in_the_batch():
     assert batch["teacher_scores"].dtype == torch.float32
     assert batch["teacher_scores"].tolist() == [0.5, 7, -3, 1, 2.25]
     assert batch["target"].tolist() == [1, 1]
+    zero = without("best") | {"labels": [1, 0, 3]}  # a share of 0 is unranked
+    (example,) = tokenize_rows(tokenizer, [zero], None, pairs=False)
+    assert collate([example])["ranks"].tolist() == [1, -1, 0]
     others = [GOOD, without("best") | {"labels": [1, 3, 1]}, without("best")]
     plain = tokenize_rows(tokenizer, others, None, pairs=False)
     assert collate(plain)["ranks"].tolist() == [-1, 0, -1, 1, 0, 1, -1, -1, -1]

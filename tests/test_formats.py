@@ -78,6 +78,12 @@ def sentence_transformers(g):
     return row | {"weight": g["weight"]}, ours(g)
 
 
+def triplet(g):
+    negatives = {f"negative_{k}": c for k, c in enumerate(g["candidates"][1:], 1)}
+    row = {"anchor": g["prompt"], "positive": g["candidates"][0], **negatives}
+    return row | {"weight": g["weight"]}, ours(g) | {"best": 0, "labels": None}
+
+
 WRITERS = {
     "fastrm": lambda g: (ours(g, "ranks"), ours(g, "ranks")),
     "TRL": trl,
@@ -85,6 +91,7 @@ WRITERS = {
     "FlagEmbedding": flag_embedding,
     "Tevatron": tevatron,
     "sentence-transformers": sentence_transformers,
+    "sentence-transformers triplet": triplet,
 }
 assert list(WRITERS) == [f.name for f in FORMATS]
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -155,8 +162,10 @@ def tokenizer():
 @settings(max_examples=25, deadline=None)
 @given(found=st.lists(groups(), min_size=1, max_size=4))
 def test_the_same_groups_are_the_same_batches(name, tokenizer, tmp_path_factory, found):
-    if name == "TRL":
+    if name in ("TRL", "sentence-transformers triplet"):
         found = [g for g in found if len(g["candidates"]) > 1]
+        if name != "TRL":  # where an empty negative is none
+            found = [g for g in found if all(g["candidates"])]
         assume(found)
     written, expected = zip(*map(WRITERS[name], found), strict=True)
     assert {recognise(row).name for row in written} == {name}
@@ -184,6 +193,30 @@ def loss_of(batch):
     loss = fastrm.listwise_loss(hidden, model.score.weight, **columns)
     loss.backward()
     return loss.detach(), model.score.weight.grad
+
+
+def test_a_positive_and_its_negatives_in_columns_of_their_own(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is missing")
+    expected = [
+        {"prompt": "two legs?", "candidates": ["a hen", "a snake", "a cat"], "best": 0},
+        {"prompt": "six legs?", "candidates": ["a beetle", "a spider"], "best": 0},
+    ]
+    columns = ("query", "positive", "negative_1", "negative_2")
+    rows = [dict(zip(columns, [e["prompt"], *e["candidates"], None], strict=False))
+            for e in expected]  # fmt: skip
+    assert check_rows(rows) == check_rows(datasets.Dataset.from_list(rows)) == expected
+    (tmp_path / "rows.csv").write_text(
+        ",".join(columns) + "\ntwo legs?,a hen,a snake,a cat\nsix legs?,a beetle,a spider,\n"
+    )
+    assert read_rows(tmp_path / "rows.csv") == expected
+    triplet = {"weight": 2.0, "anchor": "x", "positive": "y", "negative": "z"}
+    assert check_rows([triplet]) == [
+        {"weight": 2.0, "prompt": "x", "candidates": ["y", "z"], "best": 0}
+    ]
+    with pytest.raises(DataError, match="triplet row: column 'negative': expected text"):
+        check_rows([{"anchor": "x", "positive": "y"}])
+    with pytest.raises(DataError, match="column 'anchor': expected text"):
+        check_rows([{"positive": "y", "negative": "z"}])
 
 
 @pytest.mark.parametrize("name", ["FlagEmbedding", "Tevatron", "sentence-transformers", "NeMo-RL"])
@@ -295,6 +328,21 @@ def test_columns_of_lists_go_by_order_and_labels_by_name(columns):
     assert check_rows([row | more]) == [expected | more]
 
 
+@pytest.mark.parametrize("labels", ["labels", "grades"])
+def test_weight_and_margin_are_none_of_the_columns_that_go_by_order(labels):
+    both = {"weight": 2.0, "margin": [0.5, 0.0]}
+    expected = both | {"prompt": "q", "candidates": ["x", "y"], "labels": [3, 1]}
+    assert check_rows([both | {"query": "q", "docs": ["x", "y"], labels: [3, 1]}]) == [expected]
+
+
+def test_scores_of_positives_alone_where_there_are_no_negatives():
+    row = {"query": "q", "pos": ["a", "b"], "neg": [], "pos_scores": [0.5, 2]}
+    expected = {"prompt": "q", "candidates": ["a", "b"], "labels": [1, 1],
+                "teacher_scores": [0.5, 2]}  # fmt: skip
+    assert check_rows([row]) == [expected]
+    assert check_rows([{k: x for k, x in row.items() if k != "neg"}]) == [expected]
+
+
 USER = [{"role": "user", "content": "u"}]
 TEVATRON = {"query": "q", "positive_passages": [{"text": "a"}], "negative_passages": []}
 BAD = [
@@ -317,6 +365,8 @@ BAD = [
     ({"context": USER, "completions": [{"rank": 0, "completion": USER}, {"rank": 1}]},
      "column 'completions'", "got {'rank': 1} as completion 1"),
     ({"context": USER, "completions": [{"rank": 0.5, "completion": USER}]}, "as completion 0"),
+    ({"context": USER, "completions": [{"rank": 0, "completion": USER},
+                                       {"rank": -1, "completion": USER}]}, "as completion 1"),
     ({"pos": ["a"], "neg": ["b"]}, "FlagEmbedding row: column 'query'", "got nothing"),
     ({"query": "q", "pos": [], "neg": ["b"]}, "'pos': expected a list of at least one", "got []"),
     ({"query": "q", "pos": ["a"], "neg": ["b", 7]}, "'neg': expected a list of texts",
@@ -382,6 +432,28 @@ def test_broken_files_are_named(tmp_path, name, content, says):
 def test_missing_files_are_named(tmp_path, name, kind):
     with pytest.raises(DataError, match=f"{name}: expected a {kind} file, got: .*[Nn]o such file"):
         read_rows(tmp_path / name)
+
+
+def test_a_file_goes_by_its_name_in_any_case_and_before_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "p", "candidates": ["a", "b"], "best": 0}
+    write_csv([row], tmp_path / "ROWS.CSV")
+    write_jsonl([row], tmp_path / "rows")
+    assert read_rows("ROWS.CSV") == read_rows("rows") == [row]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
+def test_a_byte_order_mark_belongs_to_no_column(tmp_path, suffix):
+    row = {"prompt": "p", "candidates": ["a", "b"], "best": 0}
+    FILES[suffix]([row], file := tmp_path / f"rows{suffix}")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as Excel writes it
+    assert read_rows(file) == [row]
+
+
+def test_a_long_value_is_shown_by_its_beginning():
+    with pytest.raises(DataError) as e:
+        check_rows([{"prompt": "p", "candidates": ["a", ["long"] * 1000], "best": 0}])
+    assert "got ['long', 'long'" in str(e.value) and len(str(e.value)) < 200
 
 
 def test_a_json_file_of_lines_is_read_as_such(tmp_path):

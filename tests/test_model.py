@@ -227,9 +227,9 @@ def test_attach_head():
     head = attach_head(model)
     assert model.score is head and head.weight is weight and attach_head(model) is head
     assert set(model.state_dict()) == set(make_decoder().state_dict())
-    with pytest.raises(ValueError, match="num_labels=1.* Linear has 0"):
+    with pytest.raises(ValueError, match="num_labels=1.* Linear has 0 such"):
         attach_head(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="Sequential has 2"):
+    with pytest.raises(ValueError, match="Sequential has 2 such"):
         attach_head(nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1)))
     experts = make_decoder(
         "qwen2_moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
