@@ -125,6 +125,27 @@ def test_chunks_are_consecutive_candidates_within_the_limit(shared):
         ) > limit  # fmt: skip
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_whole_groups_fill_chunks(shared):
+    """As many as fit; one that fits is never cut."""
+    row = {"prompt": "How many legs", "candidates": ["six", "eight"], "best": 1}
+    found = examples([row] * 5)
+    limit = 2 * group_tokens(found[0], shared)
+    collate = RaggedCollator(0, last_token=True, layouts=("shared" if shared else "packed",))
+    batch = ChunkingCollator(collate, (), limit, shared)(found)
+    assert [c["offsets"].tolist() for c in batch["chunks"]] == [[0, 2, 4], [0, 2, 4], [0, 2]]
+    assert [c["input_ids"].numel() for c in batch["chunks"]] == [limit, limit, limit // 2]
+    assert "chunks" not in ChunkingCollator(collate, (), limit, shared)(found[:2])
+
+
+def test_chunks_have_the_token_types_of_their_own_candidates():
+    (example,) = examples(make_rows(1, sizes=(4,)))
+    example["token_type_ids"] = types = [k + np.arange(len(ids)) for k, ids in
+                                         enumerate(example["input_ids"])]  # fmt: skip
+    batch = ChunkingCollator(RaggedCollator(0, last_token=False), (), 1, False)([example])
+    assert [c["token_type_ids"].tolist() for c in batch["chunks"]] == [[t.tolist()] for t in types]
+
+
 def test_an_empty_batch_is_a_group_that_is_left_out():
     found = examples(make_rows(3))
     batch = ChunkingCollator(RaggedCollator(0, last_token=True), found, None, False)([])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -104,6 +105,10 @@ def wrong_dweight(hidden, weight, *rest):
     return providers.eager_segment(hidden, 1.01 * weight - 0.01 * weight.detach(), *rest)
 
 
+def no_dweight(hidden, weight, *rest):
+    return providers.eager_segment(hidden, weight.detach(), *rest)
+
+
 def crash(*inputs):
     raise RuntimeError("out of order\nand more")
 
@@ -114,6 +119,7 @@ def crash(*inputs):
         (wrong_loss, "loss is off by 1.0e-03 of its norm, limit 1e-04"),
         (wrong_dhidden, "dhidden is off by"),
         (wrong_dweight, "dweight is off by"),
+        (no_dweight, "RuntimeError: backward left no gradient"),
         (crash, "RuntimeError: out of order"),
     ],
 )
@@ -130,6 +136,32 @@ def test_a_wrong_provider_is_refused_and_not_timed(monkeypatch, broken, says):
 
 def test_a_nan_is_wrong():
     assert check.verdict("eager-loop", "bf16", {"loss": math.nan})
+
+
+def test_fastrm_is_held_to_limits_of_its_own():
+    errors = {"loss": 1e-5, "dhidden": 1e-2}
+    assert check.verdict("eager-padded", "bf16", errors) is None
+    for name in ("fastrm-cpp", "fastrm-torch+compile"):
+        assert check.verdict(name, "bf16", {"loss": 1e-6, "dhidden": 4e-3}) is None
+        assert "loss is off by" in check.verdict(name, "bf16", {"loss": 1e-5})
+        assert "dhidden is off by" in check.verdict(name, "bf16", {"dhidden": 1e-2})
+
+
+@pytest.mark.parametrize("layout", ["gathered", "last"])
+def test_a_gradient_in_a_row_that_is_no_candidate_is_wrong(layout):
+    problem = make_problem(replace(SMALL, layout=layout), CPU)
+    providers.eager_segment(*problem.inputs()).backward(problem.grad)
+    loss, exact = providers.eager_segment(*problem.inputs()), check.exact(problem)
+    assert check.errors(problem, loss, exact)["dhidden"] < 1e-5
+    grad = problem.hidden.grad.flatten(0, -2)
+    others = torch.ones(len(grad), dtype=torch.bool).index_fill(0, problem.rows, False)
+    grad[others.nonzero()[-1]] = grad.abs().max()
+    assert check.errors(problem, loss, exact)["dhidden"] > 1e-2
+
+
+def test_the_rows_compared_are_spread_from_first_to_last():
+    assert check._spread(10, 4, CPU).tolist() == [0, 3, 6, 9]
+    assert check._spread(3, 4, CPU).tolist() == [0, 1, 2]
 
 
 def test_bytes():
@@ -174,6 +206,25 @@ def test_groups_and_sweeps():
 def test_quantiles():
     assert measure.quantiles([float(x) for x in range(101)]) == (20, 50, 80)
     assert measure.quantiles([3.0, 1.0]) == pytest.approx((1.4, 2.0, 2.6))
+    samples = measure.Samples([3.0, 1.0], [10.0, 30.0], [5.0, 7.0], [True, False])
+    assert samples.summary() == {
+        "time_s": 2, "p20_s": pytest.approx(1.4), "p80_s": pytest.approx(2.6), "samples": 2,
+        "wall_s": 20, "host_s": 6, "queued": 0.5,
+    }  # fmt: skip
+
+
+def test_memory_and_caches_in_bytes(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal:  9 kB\nMemAvailable:   3 kB\n",
+             "/sys/devices/system/cpu/cpu0/cache/index2/size": "1024K\n"}  # fmt: skip
+    monkeypatch.setattr(measure, "Path", lambda name: File(files[name]))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert measure.available_bytes() == 3 * 2**10
+    assert measure.cache_bytes(CPU) == 3 * 2**20
+
+
+class File(str):
+    def read_text(self):
+        return str(self)
 
 
 def test_calls_are_interleaved_and_rotate():
@@ -184,6 +235,53 @@ def test_calls_are_interleaved_and_rotate():
     assert order == ("abc" + "bca" + "cab") * 3 + "abc"
     assert [i for _, i in seen] == list(range(len(seen)))  # never the inputs of the call before
     assert {len(s.time) for s in samples.values()} == {measure.MIN_ROUNDS}
+
+
+class Clock:
+    """Stands for the module `time`; only what is spent goes by."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def spend(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    return clock
+
+
+def test_what_a_call_leaves_is_freed_off_the_clock(clock):
+    class Kept:
+        def __del__(self):
+            clock.spend(10)
+
+    def run_once(i):
+        clock.spend(1)
+        return Kept()
+
+    samples, cleared = measure.Samples(), []
+    call = measure.Call(run_once, lambda i: (cleared.append(i), clock.spend(100)))
+    measure.CpuClock().sample(call, 3, samples)
+    assert samples.time == samples.wall == [1] and cleared == [3] and clock.now == 111
+
+
+def test_rounds_go_on_for_as_long_as_asked(clock):
+    collects = []
+
+    def run_once(i):
+        clock.spend(0.5)
+        collects.append(gc.isenabled())
+
+    calls = {name: measure.Call(run_once) for name in "ab"}
+    samples = measure.interleave(calls, measure.CpuClock(), seconds=25)
+    assert [len(s.time) for s in samples.values()] == [25, 25]
+    assert not any(collects[2 * measure.WARMUP :]) and gc.isenabled()
 
 
 def test_saved_bytes_do_not_count_inputs():
@@ -269,6 +367,64 @@ def test_a_table_names_the_commits_of_its_own_rows(tmp_path):
     tables = report.make_tables([report.load(tmp_path)])
     assert tables["size"].startswith("d (torch 2, commit aaaa): ")
     assert tables["hidden"].startswith("d (torch 2, commits bbbb, cccc): ")
+
+
+def cells(table):
+    """The lines of a table below its heads, by their first cell."""
+    found = [[c.strip() for c in line[2:-2].split(" | ")] for line in table.splitlines()]
+    return {line[0]: line[1:] for line in found[4:]}
+
+
+def test_tables_by_hand(tmp_path):
+    rows = []
+
+    def add(sweep, point, provider, mode="forward_backward", **numbers):
+        rows.append({"sweep": sweep, **vars(point), "provider": provider, "mode": mode, **numbers})
+
+    small, even, giant = Point(64, 4096), Point(16, 64), Point(32, 64, groups="giant")
+    for name, wall in (("clone", 1e-3), (providers.SMALLEST, 1e-3), ("fastrm-cpp", 4e-3),
+                       ("eager-segment", 12e-3), ("eager-padded", 8e-3),
+                       ("eager-segment+compile", 6e-3)):  # fmt: skip
+        add("small", small, name, wall_s=wall, time_s=wall / 2)
+        add("small", small, name, "forward", wall_s=wall / 4, time_s=wall / 8)
+    for point, sweep in ((Point(8, 64), "size"), (even, "size"), (giant, "ragged")):
+        add(sweep, point, "clone", time_s=2.5e-6, wall_s=9.0, of_clone=1.0)
+        add(sweep, point, "fastrm-cpp", "forward", time_s=1e-6, of_clone=9.0)
+        add(sweep, point, "fastrm-cpp", time_s=5e-6, wall_s=9.0, of_clone=2.0)
+        add(sweep, point, "eager-padded", failed="x")
+        add(sweep, point, "eager-segment", time_s=250e-6, of_clone=100.0)
+        add(sweep, point, "eager-loop", skipped="x")
+        add(sweep, point, "eager-padded+compile", time_s=15e-6, of_clone=6.0)
+    add("costs", even, "fastrm-cpp", time_s=1.0, saves_hidden=False, saved_bytes=3 * 2**9)
+    add("costs", even, "eager-segment", time_s=1.0, saves_hidden=True, saved_bytes=3 * 2**29,
+        launches=7, syncs=0, peak_bytes=2**21)  # fmt: skip
+    train = {"sweep": "train", "setting": "a", "tokens": 90, "tokens_once": 40}
+    for name, speed, tokens in (("padded-loop", 2.0, 90), ("fastrm-auto", 5.0, 60)):
+        rows.append({**train, "provider": name, "groups_per_s": speed, "peak_bytes": None,
+                     "tokens_computed": tokens, "head_loss_s": 0.25})  # fmt: skip
+    rows.append({**train, "provider": "trl", "skipped": "pairs only"})
+    machine = report.Machine(tmp_path / "here", "d", {}, rows)
+    tables = {name: cells(table) for name, table in report.make_tables([machine]).items()}
+
+    assert tables["floor"] == {"64x4096 bf16": ["2 ms", "4 ms", "2.0x", "4.0x", "1.5x", "3.0x"]}
+    # In the order of NAMES: fastrm, eager-segment, eager-padded, eager-loop, and those compiled.
+    walls = ["1 ms", "1 ms", "4 ms", "12 ms", "8 ms", "6 ms"]
+    assert tables["small"] == {"64x4096 bf16": walls}
+    times = ["2.5 µs", "2.00", "100.00", "failed", "–", "6.00"]
+    assert tables["size"] == {"1 KB": times, "2 KB": times}
+    best = ["2.5 µs", "5 µs", "eager-padded+compile 15 µs", "3.0x"]
+    assert tables["summary"] == {
+        f"{small}, by the wall clock": ["1 ms", "4 ms", "eager-segment+compile 6 ms", "1.5x"],
+        str(even): best, str(giant): best,
+    }  # fmt: skip
+    assert tables["costs"] == {
+        "fastrm-cpp": ["–", "–", "–", "1.5 KB"],
+        "eager-segment": ["7", "0", "2 MB", "hidden and 1.5 GB"],
+    }
+    assert tables["train"] == {
+        "a": ["padded-loop", "2.00", "1.00", "2.25", "250 ms", "–"],
+        "": ["fastrm-auto", "5.00", "2.50", "1.50", "250 ms", "–"],
+    }
 
 
 def test_failures_are_the_exit_code(tmp_path, capsys, monkeypatch):
@@ -375,6 +531,83 @@ def test_training_steps_agree_and_are_timed(
         assert row["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4)
     assert max(rows[0]["losses"]) - min(rows[0]["losses"]) > 0.01  # the weights did move
     assert len(tiny.table(rows).splitlines()) == 2 + len(names)
+
+
+class Steps:
+    """A contestant whose steps take what they are told to."""
+
+    def __init__(self, name: str, clock: Clock, seconds: list[float], loss: float = 2.0) -> None:
+        self.name, self.clock, self.seconds, self.loss = name, clock, iter(seconds), loss
+        self.tokens, self.heads = 0, iter([1.0, 9.0, 2.0])
+        self.seen: list[Any] = []
+
+    def step(self, batch: Any) -> float:
+        self.seen.append((self.name, [len(ids) for e in batch for ids in e["input_ids"]]))
+        self.tokens += 10
+        self.clock.spend(next(self.seconds))
+        return self.loss
+
+    def head_and_loss(self, batch: Any) -> float:
+        return next(self.heads)
+
+
+def lengths(*groups: list[int]) -> list[Any]:
+    """Groups whose prompt is one token, from the lengths of their candidates."""
+    return [{"input_ids": [torch.arange(n).numpy() for n in K], "prompt_length": 1, "target": 0,
+             "token_type_ids": None} for K in groups]  # fmt: skip
+
+
+def test_what_is_reported_of_training_steps(
+    tiny: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all but the first, in turns; a loss that is no number is wrong."""
+    monkeypatch.setattr(tiny, "time", clock)
+    monkeypatch.setattr(tiny, "make_model", lambda *args: None)
+    monkeypatch.setattr(tiny, "make_examples", lambda s: lengths([3, 5], [2, 2, 2]) * 4)
+    seconds = [100.0, 1.0, 6.0, 2.0]
+    ours = [Steps(n, clock, seconds, loss) for n, loss in
+            (("a", 2.0), ("b", 2.001), ("c", math.nan))]  # fmt: skip
+    for contestant in ours:
+        contestant.seen = ours[0].seen
+        monkeypatch.setitem(tiny.CONTESTANTS, contestant.name, lambda *args, c=contestant: c)
+    a, b, wrong = tiny.measure(tiny.Setting("tiny", "x", batch_size=2), "abc", CPU, 3)
+    assert "".join(name for name, _ in ours[0].seen) == "abc" + "bca" + "cab" + "abc"
+    assert "failed" in wrong and "groups_per_s" not in wrong
+    for row in (a, b):
+        assert row["step_s"] == 2 and row["groups_per_s"] == pytest.approx(2 * 3 / 9)
+        assert row["tokens_computed"] == 30 and row["head_loss_s"] == 2
+        assert (row["groups"], row["tokens"], row["tokens_padded"], row["tokens_once"]) == (
+            3 * 2, 3 * 14, 3 * 5 * 5, 3 * (7 + 4)
+        )  # fmt: skip
+
+
+def test_memory_is_that_of_the_longest_batches(
+    tiny: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny, "make_model", lambda *args: None)
+    monkeypatch.setattr(tiny, "make_examples", lambda s: lengths([3], [2, 9], [5], [4, 7], [6]))
+    contestant = Steps("a", clock, [0.0] * 9)
+    monkeypatch.setitem(tiny.CONTESTANTS, "a", lambda *args: contestant)
+    tiny._memory(tiny.Setting("tiny", "x", batch_size=1), "a", "cpu", torch.get_num_threads())
+    assert [batch for _, batch in contestant.seen] == [[3], [4, 7], [2, 9]]
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as file:
+            resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        assert tiny._status("VmRSS") == pytest.approx(resident, rel=0.1)
+
+
+def test_one_file_holds_every_setting(
+    tiny: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(tiny, "make_model", lambda *args: None)
+    monkeypatch.setattr(tiny, "make_examples", lambda s: lengths([3, 5], [2, 2]))
+    monkeypatch.setitem(tiny.CONTESTANTS, "a", lambda *args: Steps("a", clock, [1.0] * 9))
+    settings = [tiny.Setting("tiny", data, batch_size=1) for data in ("x", "y")]
+    rows, paths = tiny.bench(settings, ["a"], CPU, 1, tmp_path / "all.jsonl")
+    head, *written = map(json.loads, paths[0].read_text().splitlines())
+    assert len(paths) == 1 and "environment" in head
+    names = [str(setting) for setting in settings]
+    assert [row["setting"] for row in written] == [row["setting"] for row in rows] == names
 
 
 @pytest.mark.parametrize("data", ["0/4/32", "128/4", __file__, "nowhere.jsonl"])

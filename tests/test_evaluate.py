@@ -55,6 +55,8 @@ def test_metrics_by_hand():
     # -log 2/4, -log 1/2, 0, -log 3/6
     assert found["loss"] == pytest.approx(3 * math.log(2) / 4)
     assert found["margin"] == pytest.approx((math.log(2) + 0 + math.log(3)) / 3)
+    alone = evaluate.assess(ROWS[2:3], [[7.0]])  # no others at all
+    assert alone["margin"] == 0 and "margin:   0.000" in evaluate.report(alone, "on x")
 
 
 def test_metrics_with_labels_and_ranks():
@@ -166,9 +168,14 @@ def test_scoring_leaves_the_mode_alone_and_marks_what_does_not_fit(reward_model)
     assert model.training
     model.eval()
     assert scores[0] is None and len(scores[1]) == 2
+    again = evaluate.score_rows(model, tokenizer, rows, max_length=8)
+    assert again[1] == pytest.approx(scores[1], abs=1e-5)  # without dropout both times
     rows = [{**row, "best": 0} for row in rows]
     found = evaluate.evaluate_rows(model, tokenizer, rows, max_length=8)
     assert found["n"] == 1 and found["left_out"] == 1
+    assert evaluate.report(found, "on x").endswith(
+        "\nleft out: 1 groups with a candidate that does not fit"
+    )
     with pytest.raises(evaluate.DataError, match="no group is left"):
         evaluate.evaluate_rows(model, tokenizer, rows[:1], max_length=8)
 
@@ -236,6 +243,9 @@ def test_calibration_by_hand():
     assert found["ece"] == pytest.approx(2 / 3 * 0.25)
     assert found["nll"] == pytest.approx((-math.log(0.75) - math.log(0.25) + math.log(2)) / 3)
     assert found["temperature"] is None  # right as often as wrong: the flatter the better
+    rows.append({"prompt": "p", "candidates": ["a", "b"], "best": 0})
+    for wrong in ([math.nan, 0.0], [math.inf, 0.0]):  # says nothing either
+        assert evaluate.calibration(rows, [*scores, [9.0], wrong]) == found
 
 
 def test_fitted_temperature():
@@ -306,6 +316,8 @@ def test_ties_score_by_hand():
     assert evaluate.ties_score(rows[4:], scores[4:]) is None
     # Right answers that tie exactly: the margin is without limit.
     assert evaluate.ties_score(rows[:2], [[5.0, 5.0, 1.0], [1.5, 1.0]])["margin"] == 1
+    level = evaluate.ties_score(rows[:2], [[5.0, 5.0, 5.0], [1.5, 1.0]])  # a wrong one ties too
+    assert level["tied_accuracy"] == level["margin"] == 0 and level["ref_accuracy"] == 1
 
 
 def test_assess_and_its_subsets():
@@ -320,8 +332,13 @@ def test_assess_and_its_subsets():
     assert (a["n"], a["accuracy"], a["ndcg"]) == (2, 1, 1)
     assert (b["n"], b["accuracy"], b["ndcg"]) == (2, 0.75, None)
     text = evaluate.report(found, "on rows.jsonl")
+    assert "\n  rank 1 " in text and "\n  rank 2 " in text
     assert "mrr:      0.938" in text and "\nsubset  groups  accuracy" in text
     assert math.isclose(json.loads(json.dumps(found))["mrr"], found["mrr"])
+    both = [{**row, "source": "x"} for row in rows]  # the first of the columns there are
+    assert evaluate.assess(both, scores)["subsets"].keys() == {"a", "b"}
+    by_source = [{"source": "x", **row} for row in ROWS]
+    assert evaluate.assess(by_source, scores)["subsets"].keys() == {"x"}
 
 
 @pytest.mark.parametrize("scores", [[[1.0, 2.0, 0.0], [3.0, 1.0]], [[0.0] * 3, [0.0] * 2]])
@@ -339,6 +356,8 @@ def test_best_of_n():
     row = {"prompt": "p", "candidates": ["a", "b", "c"], "best": 2, "id": 7}
     found = evaluate.best_of_n(row, [1.0, 3.0], 2)
     assert found == {"prompt": "p", "id": 7, "candidate": "b", "score": 3.0, "chosen": 1, "of": 2}
+    of_each = {name: [1, 0, 2] for name in ("labels", "ranks", "margin", "teacher_scores")}
+    assert evaluate.best_of_n(row | of_each, [1.0, 3.0], 2) == found
     assert evaluate.best_of_n(row, [1.0, 1.0, 1.0], 9)["of"] == 3
     assert evaluate.best_of_n(row, None, 2)["candidate"] is None
 
@@ -402,5 +421,9 @@ def test_normalisation_needs_rewards_that_differ(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="standard deviation of 0"):
         evaluate.save_normalization(tmp_path, 1.0, 0.0)
+    for std in (None, 0.0):
+        config = BertConfig(reward_mean=1.0, reward_std=std)
+        with pytest.raises(ValueError, match="no reward_mean and reward_std above 0"):
+            evaluate.normalization(config)
     with pytest.raises(ValueError, match=r"with its config\.json"):
         evaluate.save_normalization(tmp_path / "no", 1.0, 1.0)

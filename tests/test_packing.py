@@ -197,10 +197,15 @@ def causal(begins, ends, positions, window):
     return packing._bool_mask(begins, torch.full_like(ends, ends.shape[1]), positions, window)
 
 
+def nothing(*args):
+    return torch.full_like(packing._bool_mask(*args), -torch.inf, dtype=torch.float32)
+
+
 BROKEN = {
     "no mask": lambda m: m.setitem(packing._MASKS, "sdpa", no_mask),
     "causal mask": lambda m: m.setitem(packing._MASKS, "sdpa", causal),
     "bool mask under eager": lambda m: m.setitem(packing._MASKS, "eager", packing._bool_mask),
+    "no key under eager": lambda m: m.setitem(packing._MASKS, "eager", nothing),  # NaN
     "positions of the row": lambda m: m.setattr(packing, "run", without_positions),
 }
 
@@ -267,6 +272,16 @@ def test_three_steps_give_the_same_weights(tmp_path, kind, layouts):
             again = trained(tmp_path, rows, model, layout=layout)
             assert_same_weights(again.model, plain.model, atol=1e-10)
     assert not torch.equal(plain.model.score.weight, make(kind).score.weight)
+
+
+def test_there_is_no_cache_under_gradient_checkpointing(tmp_path):
+    args = config(tmp_path, layout="cached")
+    RewardTrainer(make_decoder("bloom", **ALIBI["bloom"]), args, make_rows(4), None,
+                  make_tokenizer())  # fmt: skip
+    args.gradient_checkpointing = True
+    with pytest.raises(ValueError, match="layout cached cannot be used: .* keeps no cache under"):
+        RewardTrainer(make_decoder("bloom", **ALIBI["bloom"]), args, make_rows(4), None,
+                      make_tokenizer())  # fmt: skip
 
 
 def test_the_check_leaves_the_model_as_it_was():
@@ -611,6 +626,36 @@ def test_split_cuts_where_it_costs_least():
         }
         cuts, found = packing._cut(lengths, cost)
         assert found == pytest.approx(min(totals.values())) == pytest.approx(totals[0, *cuts])
+
+
+def test_costs_by_hand():
+    """Tokens, and for each the keys in its row, which for an answer after a cache are two rows."""
+    examples, cost = groups([(8, (4, 2)), (6, (3,))]), Cost(0.01, 10.0, varlen=True)
+    expected = {
+        "padded": (3 * 12, 3 * 12 * 1.12 + 10),
+        "packed": (31, 12 * 1.12 + 10 * 1.1 + 9 * 1.09 + 10),  # each reads its own sequence alone
+        "cached": (2 * 8 + 3 * 4, 16 * 1.08 + 12 * 1.12 + 20),
+    }
+    for name, found in expected.items():
+        p = plan(examples, [name], cost)
+        assert (p.tokens, p.cost) == (found[0], pytest.approx(found[1])), name
+    model = make_decoder()
+    D = model.config.hidden_size
+    # A key takes 4·D operations and a token 24·D², of which attention does half as many a second.
+    assert Cost.of(model).pair == pytest.approx(2 * 4 * D / (24 * D**2))
+
+
+def test_rows_are_as_many_as_cost_least():
+    def tokens(lengths, pair):
+        return plan(groups([(0, lengths)]), ["packed"], Cost(pair)).tokens
+
+    assert tokens((8, 5), 0.0) == 13 and tokens((8, 5), 1.0) == 16  # one row of 13, or two of 8
+    assert tokens((1, 1, 2), 1.0) == 4  # the two short ones beside the long one
+
+
+def test_the_tokens_of_an_epoch_are_those_of_all_groups():
+    said = packing.describe(groups([(3, (2, 2))] * 2000), 8, ["shared"], Cost(), True)
+    assert said == "layout shared: 14000 tokens computed an epoch, padded 20000"
 
 
 def test_auto_takes_the_cheapest():

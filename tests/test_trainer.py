@@ -1,16 +1,17 @@
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from fastrm.data import RaggedCollator, check_rows, read_rows, tokenize_rows
 from fastrm.model import set_pad_token
-from fastrm.trainer import RewardConfig, RewardTrainer, group_stats
+from fastrm.trainer import RewardConfig, RewardTrainer, _StopOnPlateau, group_stats
 
 from .conftest import make_decoder, make_rows, make_tokenizer
 
@@ -183,8 +184,41 @@ def test_metrics_are_exact_over_the_window_and_over_the_evaluation_set(tmp_path)
             assert logged(trainer, prefix + name) == [pytest.approx(value, abs=1e-5)], name
     again = trainer.evaluate(rows, metric_key_prefix="test")
     assert again["test_accuracy"] == pytest.approx(logged(trainer, "accuracy")[0])
+    assert again["test_left_out"] == again["test_prompts_cut"] == 0
+    assert not any(name.startswith("eval_") for name in again)
     with pytest.raises(NotImplementedError, match="score_rows"):
         trainer.predict(rows)
+
+
+def test_the_probability_of_the_best_is_that_of_the_loss(tmp_path):
+    rows, other = make_rows(5), make_rows(4, seed=1)
+    trainer = trained(tmp_path, rows, eval_rows=other, learning_rate=0.0, temperature=3.0)
+    for prefix, data in (("", rows), ("eval_", other)):
+        cooled = [[x / 3 for x in r] for r in rewards_of(trainer.model, data)]
+        expected = by_hand(cooled, data)
+        for name in ("loss", "p_best"):
+            assert logged(trainer, prefix + name) == [pytest.approx(expected[name], abs=1e-5)]
+
+
+def test_the_order_follows_the_seed_of_the_data_where_there_is_one(tmp_path):
+    def order(**seeds):
+        args = config(tmp_path, train_sampling_strategy="random", **seeds)
+        trainer = RewardTrainer(make_decoder(), args, make_rows(40), None, make_tokenizer())
+        return [batch["target"].tolist() for batch in trainer.get_train_dataloader()]
+
+    assert order(seed=1, data_seed=2) == order(seed=2) != order(seed=1)
+
+
+def test_the_last_step_is_logged_too(tmp_path):
+    trainer = trained(tmp_path, make_rows(32), logging_steps=3, logging_first_step=False)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 4]
+
+
+def test_the_options_passed_in_stay_as_they_are(tmp_path):
+    args = config(tmp_path)
+    before = args.to_dict()
+    RewardTrainer(make_decoder(), args, make_rows(8), None, make_tokenizer())
+    assert args.to_dict() == before and before["eval_strategy"] == "epoch"
 
 
 def test_group_stats_by_hand():
@@ -261,7 +295,9 @@ def test_evaluation_in_chunks_has_the_same_metrics(tmp_path, layout):
         calls = []
         embeddings = trainer.model.get_input_embeddings()
         embeddings.register_forward_pre_hook(lambda _, ids: calls.append(ids[0].numel()))  # noqa: B023
+        collate = trainer.data_collator
         found.append(trainer.evaluate())
+        assert trainer.data_collator is collate  # not that of the chunks
         if limit is not None:
             assert len(calls) > 2 * -(-len(rows) // 5)
             if layout == "shared":  # else the padding comes on top
@@ -352,6 +388,17 @@ def test_stops_on_a_plateau(tmp_path, with_eval):
     assert trained(tmp_path, rows, eval_rows=eval_rows, **options, **small).state.global_step == 4
 
 
+@pytest.mark.parametrize("losses, stops", [
+    ([3, 2, 3], False), ([3, 3, 2], False), ([3, 3, 3], True), ([2, 3, 2.5, 2.1], True),
+    ([3, 2], False), ([3, 2.95, 2.9], True), ([3, 2.95, 2.8], False),
+])  # fmt: skip
+def test_a_plateau_is_two_logs_without_an_improvement(losses, stops):
+    state = TrainerState(log_history=[{"loss": x} for x in losses])
+    control = TrainerControl()
+    _StopOnPlateau(patience=2, threshold=0.1).on_log(None, state, control)
+    assert control.should_training_stop == stops
+
+
 def test_a_path_is_enough_and_the_seed_decides(tmp_path):
     make_decoder().model.save_pretrained(tmp_path / "a")  # a backbone without a head
     make_tokenizer().save_pretrained(tmp_path / "a")
@@ -413,6 +460,10 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(tmp_path, caplog):
         RewardTrainer(make_decoder(), stops, rows, sets, make_tokenizer())
     stops.metric_for_best_model = "hard_loss"
     RewardTrainer(make_decoder(), stops, rows, sets, make_tokenizer())
+    wide = make_tokenizer()
+    wide.add_tokens(["eight"])
+    with pytest.raises(ValueError, match="train_dataset: the tokenizer gives token 300, and"):
+        RewardTrainer(make_decoder(), config(tmp_path), rows, None, wide)
     flexible = make_decoder(attn_implementation="flex_attention")
     with pytest.raises(ValueError, match="flex_attention trains on a GPU only"):
         RewardTrainer(flexible, config(tmp_path), rows, None, make_tokenizer())
@@ -431,6 +482,16 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(tmp_path, caplog):
         (dict(center_rewards_coefficient=-1.0), "center_rewards_coefficient must"),
         (dict(label_smoothing_factor=1.5), "label_smoothing_factor must be from 0 to 1"),
         (dict(max_length=0), "max_length must be above 0"),
+        (dict(learning_rate=-1e-5), "learning_rate must be 0 or more, got -1e-05"),
+        (dict(per_device_train_batch_size=0), "per_device_train_batch_size must be above 0"),
+        (dict(per_device_eval_batch_size=0), "per_device_eval_batch_size must be above 0"),
+        (dict(gradient_accumulation_steps=0), "gradient_accumulation_steps must be above 0"),
+        (dict(seed=-1), "seed must be from 0 to 2^32 - 1, got -1"),
+        (dict(max_steps=-2), "max_steps must be above 0, or -1 for epochs, got -2"),
+        (dict(num_train_epochs=0), "num_train_epochs must be above 0"),
+        (dict(model_dtype="int8"), "model_dtype must be auto, float32, bfloat16 or float16"),
+        (dict(distillation_coef=-1.0), "distillation_coef must be a finite number, 0 or more"),
+        (dict(early_stopping_threshold=-0.1), "early_stopping_threshold must be 0 or more"),
         (dict(loss="hinge"), "loss must be one of listwise, plackett_luce, bradley_terry"),
         (dict(loss="plackett_luce", distillation_coef=1.0), "distillation_coef must be 0"),
         (dict(layout="tree"), "layout must be one of auto, padded, split, packed, shared, cached"),
@@ -444,7 +505,7 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(tmp_path, caplog):
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_config_refuses_what_cannot_work(tmp_path, options, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=re.escape(says)):
         config(tmp_path, **options)
 
 

@@ -183,6 +183,31 @@ def test_a_bias_that_the_class_does_not_read(copy):
     assert "bias of 0.5" in finding(v.verify(str(copy)), "bias")["what"]
 
 
+def test_large_rewards_agree_to_a_share_of_the_largest(copy):
+    plant_tensor(copy, lambda t: t.update({"score.weight": 10 * t["score.weight"]}))
+    found = v.verify(str(copy))
+    tokenizer = make_tokenizer()
+    model = v.load_reward_model(str(copy), tokenizer=tokenizer)
+    rewards = v.score_rows(model, tokenizer, v.ROWS)
+    largest = max(abs(x) for scores in rewards for x in scores)
+    assert largest > 2 and found["tolerance"] == pytest.approx(1e-5 * largest, rel=1e-3)
+
+
+def test_a_text_that_ends_in_eos_gets_no_second_one():
+    form = v.Form(True, "<bos>", "<eos>")
+    for candidate in ("a", "a<eos>"):
+        assert form.inputs("p", candidate) == {"text": "<bos>p", "text_pair": "a<eos>"}
+
+
+def test_the_first_groups_that_fit_whole_are_read():
+    rows, long = make_rows(v.GROUPS + 2, sizes=(2,)), "word " * 40
+    rows[0] = {**rows[0], "prompt": long}  # would be cut
+    rows[2] = {**rows[2], "candidates": [long]}
+    found = v._fitting(make_tokenizer(), rows, 100, pairs=False)
+    assert found == [rows[1], *rows[3:]] and len(found) == v.GROUPS
+    assert len(v._fitting(make_tokenizer(), make_rows(40), None, pairs=False)) == 32
+
+
 def test_no_head(copy):
     plant_tensor(copy, lambda t: t.pop("score.weight"))
     found = v.verify(str(copy))
