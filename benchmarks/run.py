@@ -381,7 +381,7 @@ def results_folder() -> Path:
 
 
 class Progress:
-    """A bar on a terminal that has tqdm, else a line for each point, on stderr."""
+    """A bar on a terminal that has tqdm, else two lines for each point, on stderr."""
 
     def __init__(self, total: int) -> None:
         self.total, self.number, self.bar = total, 0, None
@@ -402,7 +402,7 @@ class Progress:
     def begin(self, what: str) -> None:
         self.what, self.started = what, time.perf_counter()
         if self.bar is None:
-            print(f"[{self.number + 1}/{self.total}] {what}", end="", file=sys.stderr, flush=True)
+            print(f"[{self.number + 1}/{self.total}] {what} ...", file=sys.stderr, flush=True)
 
     def step(self, text: str) -> None:
         if self.bar is not None:
@@ -414,4 +414,4 @@ class Progress:
             self.bar.update()
             return
         seconds = time.perf_counter() - self.started
-        print(f": {seconds:.0f} s", file=sys.stderr, flush=True)
+        print(f"[{self.number}/{self.total}] {seconds:.0f} s", file=sys.stderr, flush=True)
