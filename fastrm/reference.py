@@ -94,7 +94,7 @@ def plackett_luce_loss_ref(
     center_coef: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Each ranked candidate against those not above it; invalid groups give NaN."""
+    """Each ranked candidate against those not above it (M² when compiled); invalid groups: NaN."""
     groups = _Groups(scores, offsets)
     order = order_by_rank(ranks, groups.of)
     last = rank_keys(ranks)
@@ -105,16 +105,18 @@ def plackett_luce_loss_ref(
     top = top.scatter_reduce(0, groups.of, groups.scores.detach(), "amax")
     top = torch.where(top.isfinite(), top, 0).index_select(0, groups.of)
     z = ((groups.scores - top) / temperature).index_select(0, order)
-    # log Σ exp over a candidate and the `step` - 1 after it in its group. The gradient of
-    # logaddexp(-inf, -inf) would be NaN, and so would that of a finite one beside a NaN.
+    # The gradient of logaddexp(-inf, -inf) would be NaN, and so would that of a finite one beside
+    # a NaN.
     below, step = z.masked_fill(z == -torch.inf, torch.finfo(z.dtype).min), 1
-    # A graph cannot depend on how many there are.
-    most = 2**31 if torch.compiler.is_compiling() else len(order)
-    while step < most:
-        other = (i + step).clamp(max=len(order) - 1)
-        inside = (i + step < len(order)) & (group == group.index_select(0, other))
-        both = torch.logaddexp(below, below.index_select(0, torch.where(inside, other, i)))
-        below, step = torch.where(inside, both, below), 2 * step
+    if torch.compiler.is_compiling():  # a graph cannot depend on how many there are
+        after = (group[:, None] == group) & (i[:, None] <= i)
+        below = torch.where(after, below, -torch.inf).logsumexp(1)
+    else:  # log Σ exp over a candidate and the `step` - 1 after it in its group
+        while step < len(order):
+            other = (i + step).clamp(max=len(order) - 1)
+            inside = (i + step < len(order)) & (group == group.index_select(0, other))
+            both = torch.logaddexp(below, below.index_select(0, torch.where(inside, other, i)))
+            below, step = torch.where(inside, both, below), 2 * step
     starts = torch.ones_like(i, dtype=torch.bool)
     starts[1:] = (group[1:] != group[:-1]) | (rank[1:] != rank[:-1])
     below = below.index_select(0, torch.where(starts, i, 0).cummax(0).values)  # ties share it
