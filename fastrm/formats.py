@@ -209,7 +209,7 @@ def _sentence_transformers(row: Row, where: str) -> Row:
 
 def _negatives(row: Row, where: str) -> Row:
     """The first other column of text, then `positive`, and `negative` or `negative_1`, ..."""
-    columns = [name for name in row if re.fullmatch(r"negative(_\d+)?", name)]
+    columns = [name for name in row if _NEGATIVE.fullmatch(name)]
     names = [name for name in columns if row[name] not in (None, "")] or ["negative"]
     prompt = next((name for present in _present(row) for name, value in present.items()
                    if is_text(value) and name not in ("positive", *columns)), "anchor")  # fmt: skip
@@ -433,10 +433,12 @@ def _cell(column: str, cell: str, where: str) -> Any:
     if isinstance(value, DataError):
         return cell
     several = column == "rejected" and bool(value) and all(map(is_text, value))
-    return value if column not in _TEXT or is_text(value) or several else cell
+    may_be_list = column not in _TEXT and not _NEGATIVE.fullmatch(column)
+    return value if may_be_list or is_text(value) or several else cell
 
 
-_TEXT = {"prompt", "chosen", "rejected", "context", "query", "question", "anchor"}
+_NEGATIVE = re.compile(r"negative(_\d+)?")
+_TEXT = {"prompt", "chosen", "rejected", "context", "query", "question", "anchor", "positive"}
 _NOT_TEXT = {
     "candidates", "best", "labels", "ranks", "teacher_scores", "weight", "margin", "completions",
     "pos", "neg", "pos_scores", "neg_scores", "positive_passages", "negative_passages",

@@ -199,14 +199,14 @@ def test_a_positive_and_its_negatives_in_columns_of_their_own(tmp_path):
     datasets = pytest.importorskip("datasets", reason="datasets is missing")
     expected = [
         {"prompt": "two legs?", "candidates": ["a hen", "a snake", "a cat"], "best": 0},
-        {"prompt": "six legs?", "candidates": ["a beetle", "a spider"], "best": 0},
+        {"prompt": "six legs?", "candidates": ["[1] a beetle", "[8]"], "best": 0},
     ]
     columns = ("query", "positive", "negative_1", "negative_2")
     rows = [dict(zip(columns, [e["prompt"], *e["candidates"], None], strict=False))
             for e in expected]  # fmt: skip
     assert check_rows(rows) == check_rows(datasets.Dataset.from_list(rows)) == expected
     (tmp_path / "rows.csv").write_text(
-        ",".join(columns) + "\ntwo legs?,a hen,a snake,a cat\nsix legs?,a beetle,a spider,\n"
+        ",".join(columns) + "\ntwo legs?,a hen,a snake,a cat\nsix legs?,[1] a beetle,[8],\n"
     )
     assert read_rows(tmp_path / "rows.csv") == expected
     triplet = {"weight": 2.0, "anchor": "x", "positive": "y", "negative": "z"}
