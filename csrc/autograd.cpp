@@ -66,8 +66,8 @@ OptTensor optional(const Tensor& t) {
   return t.defined() ? OptTensor(t) : OptTensor();
 }
 
-// What backward needs beside tensors. Kept as one entry of saved_data, each of which is a string and a
-// hash; of plain values, because compiled autograd hashes them.
+// What backward needs beside tensors. Kept as one entry of saved_data, each of which is a string and
+// a hash; of plain values, because compiled autograd hashes them.
 struct Facts {
   std::vector<c10::SymInt> shape; // of hidden
   at::ScalarType dtype; // likewise

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastrm import backends, checks, ops
-from fastrm.groups import group_of, group_sums, target_from_scores
+from fastrm.groups import group_of, group_sums, sum_dtype, target_from_scores
 from fastrm.reference import (
     bradley_terry_loss_ref,
     listwise_loss_ref,
@@ -593,7 +593,7 @@ def _labelled_pairs(
     chosen = pairs.clamp(0, max(M - 1, 0)).flatten()
     # A candidate of many pairs has a gradient of many terms: added up in float64. The backward of
     # x[i] is in a fixed order on CUDA, that of index_select on the CPU.
-    exact = scores.double()
+    exact = scores.to(sum_dtype(device))
     both = exact.index_select(0, chosen) if device.type == "cpu" else exact[chosen]
     loss = listwise_loss_from_scores(
         both.to(wide), offsets=2 * torch.arange(P + 1, device=device), backend=backend,
@@ -604,7 +604,7 @@ def _labelled_pairs(
     )  # fmt: skip
     if reduction == "none":
         # As above: index_add is in a fixed order on the CPU, index_put on CUDA.
-        zeros, terms = exact.new_zeros(N), loss.double()
+        zeros, terms = exact.new_zeros(N), loss.to(exact.dtype)
         if device.type == "cpu":
             return zeros.index_add(0, group, terms).to(wide)
         return zeros.index_put((group,), terms, accumulate=True).to(wide)

@@ -178,6 +178,11 @@ def _looks_at_values(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What long sums are formed in: serial fp32 ones lose a digit every few hundred terms."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+
+
 def _bounds(offsets: Tensor, M: int) -> Tensor:
     """Offsets that stay inside M whatever they hold."""
     return offsets.long().clamp(0, M).cummax(0).values

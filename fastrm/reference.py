@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastrm.groups import group_of, order_by_rank, rank_keys
+from fastrm.groups import group_of, order_by_rank, rank_keys, sum_dtype
 
 ROWS_OF_PAIRS = 256  # candidates whose pairs are formed together
 
@@ -42,8 +42,7 @@ def listwise_loss_ref(
     M, N = scores.shape[0], offsets.shape[0] - 1
     first, size = offsets[:-1].long(), offsets.long().diff()
     i, group = torch.arange(M, device=scores.device), group_of(offsets, M)
-    # Serial fp32 sums lose a digit every few hundred candidates. (MPS has no fp64.)
-    wide = torch.float32 if scores.device.type == "mps" else torch.float64
+    wide = sum_dtype(scores.device)
 
     def total(x: Tensor) -> Tensor:
         return x.new_zeros(N, dtype=wide).index_add(0, group, x.to(wide)).to(x.dtype)
@@ -176,12 +175,11 @@ def bradley_terry_loss_ref(
 
 
 class _Groups:
-    """Sums over groups, in fp64: serial fp32 sums lose a digit every few hundred candidates."""
+    """Sums over groups."""
 
     def __init__(self, scores: Tensor, offsets: Tensor) -> None:
         self.dtype = scores.dtype
-        # MPS has no fp64.
-        self.scores = scores.to(torch.float32 if scores.device.type == "mps" else torch.float64)
+        self.scores = scores.to(sum_dtype(scores.device))
         self.offsets, self.size = offsets, offsets.long().diff()
         self.of = group_of(offsets, len(scores))
 
